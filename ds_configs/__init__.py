@@ -1,0 +1,1 @@
+"""DeepSpeed presets to read and copy; `launch/zero.py` generates them."""

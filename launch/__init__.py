@@ -1,0 +1,1 @@
+"""The launcher: decides, shows and starts. It never imports torch, transformers or deepspeed."""

@@ -1,0 +1,96 @@
+"""Which processes run where, and the command that starts them. Pure, but for counting GPUs and finding a port."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from qwen_dist.config import Run
+from qwen_dist.errors import EnvironmentNotReady, UserError
+
+TRAINER_MODULE = "qwen_dist.train"
+
+
+def count_gpus(environ: Mapping[str, str] = os.environ) -> int:
+    """GPUs that this process may use, as nvidia-smi and CUDA_VISIBLE_DEVICES tell; torch is not asked."""
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    num_gpus = sum(line.startswith("GPU ") for line in listing.splitlines())
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not num_gpus:
+        return num_gpus
+    named = [device.strip() for device in visible.split(",")]
+    return len(named[: named.index("-1")] if "-1" in named else [device for device in named if device])
+
+
+def processes_per_node(run: Run, num_gpus: int) -> int:
+    """Processes on each machine.
+
+    Args:
+        run: the run.
+        num_gpus: GPUs of this machine; a Slurm job's machines are others, and are described by the run alone.
+
+    Raises:
+        EnvironmentNotReady: the run wants GPUs that are not here.
+        UserError: a Slurm job without `cluster.gpus_per_node`.
+    """
+    wanted = run.cluster.gpus_per_node
+    if run.cluster.device == "cpu":
+        return 1 if wanted == "auto" else wanted
+    if run.cluster.kind == "slurm":
+        if wanted == "auto":
+            raise UserError("a Slurm job must know its GPUs; set cluster.gpus_per_node, as in cluster.gpus_per_node=8.")
+        return wanted
+    if num_gpus == 0:
+        raise EnvironmentNotReady("No GPU was found; to run on CPU set cluster.device=cpu")
+    if wanted != "auto" and wanted > num_gpus:
+        raise EnvironmentNotReady(
+            f"cluster.gpus_per_node={wanted}, but this machine shows {num_gpus}; set it to {num_gpus} or to auto."
+        )
+    return num_gpus if wanted == "auto" else wanted
+
+
+def world_size_of(run: Run, per_node: int) -> int:
+    """Processes over all machines."""
+    return per_node * (run.cluster.nodes if run.cluster.kind == "slurm" else 1)
+
+
+def trainer_argv(run_dir: Path, python: str, num_processes: int = 1, master_port: int = 29500) -> list[str]:
+    """The command that starts the trainer on this machine.
+
+    Args:
+        run_dir: the run directory, the trainer's only argument.
+        python: the interpreter.
+        num_processes: one is started plainly, several by DeepSpeed's runner.
+        master_port: port of the rendezvous, used for several.
+    """
+    if num_processes == 1:
+        return [python, "-m", TRAINER_MODULE, str(run_dir)]
+    runner = [python, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", str(num_processes)]
+    return [*runner, "--master_port", str(master_port), "--module", TRAINER_MODULE, str(run_dir)]
+
+
+def trainer_environment(run: Run, num_processes: int, num_cpus: int | None = None) -> dict[str, str]:
+    """Variables that the trainer's processes need besides the inherited ones.
+
+    Args:
+        run: the run.
+        num_processes: processes on this machine.
+        num_cpus: cores of this machine; default: asked.
+    """
+    if run.cluster.device != "cpu":
+        return {}
+    num_cpus = num_cpus or len(os.sched_getaffinity(0))
+    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, num_cpus // num_processes))}
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,1 @@
+"""Templates of batch scripts; `launch/sbatch.py` fills them."""
