@@ -1,0 +1,48 @@
+"""metrics.jsonl: one object a step, evaluations as their own objects.
+
+A step's object: step, epoch, loss, lr, grad_norm, tokens, supervised_tokens, tokens_per_s,
+supervised_tokens_per_s, step_time_s, data_wait_s, mem_peak_gb, world_size.
+An evaluation's: step, epoch, eval_loss, eval_supervised_tokens, eval_time_s.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qwen_dist.run_dir import write_atomically
+
+
+class MetricsFile:
+    """Appends metrics; on a resume, first drops what was measured after the checkpoint."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = [entry for entry in read_metrics(path) if entry["step"] <= resumed_step]
+        write_atomically(path, "".join(_line(entry) for entry in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one object and hand it to the system at once, so that `tail -f` sees it."""
+        self._file.write(_line(entry))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file; a torn last line (a killed process) is left out. Absent: empty."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"

@@ -1,0 +1,1 @@
+"""The trainer: `python -m qwen_dist.train RUN_DIR`."""

@@ -1,0 +1,68 @@
+"""Micro-batches built ahead of the step that needs them, in a thread, so that the device never waits for data."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+
+from qwen_dist.data.batches import MicroBatch, build_micro_batch
+from qwen_dist.data.prepare import Prepared
+from qwen_dist.data.shard import StepPlan
+from qwen_dist.train.world import World
+
+STEPS_AHEAD = 2
+
+
+class Feed:
+    """This rank's micro-batches, optimizer step by optimizer step.
+
+    Args:
+        prepared: the tokenized data.
+        plan: which samples make up which step.
+        world: this rank reads only its own share.
+        first_step: the step to begin with, from 1.
+        pad_id: the token that stands in a pack without samples.
+    """
+
+    def __init__(self, prepared: Prepared, plan: StepPlan, world: World, first_step: int, pad_id: int) -> None:
+        self._prepared, self._plan, self._world, self._pad_id = prepared, plan, world, pad_id
+        self._ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(STEPS_AHEAD)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(first_step,), name="feed", daemon=True)
+        self._thread.start()
+
+    def next(self) -> tuple[list[MicroBatch], float]:
+        """The next step's micro-batches, and the seconds that the step had to wait for them."""
+        started = time.perf_counter()
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item, time.perf_counter() - started
+
+    def close(self) -> None:
+        """Stop building ahead."""
+        self._closed.set()
+        while not self._ready.empty():
+            self._ready.get_nowait()
+
+    def _work(self, first_step: int) -> None:
+        try:
+            for step in range(first_step, self._plan.num_steps + 1):
+                packs = self._plan.packs_of(step, self._world.rank, self._world.world_size)
+                batches = [build_micro_batch(self._prepared, pack, self._pad_id) for pack in packs]
+                if self._world.device.type == "cuda":
+                    batches = [batch.pin_memory() for batch in batches]
+                if not self._put(batches):
+                    return
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: list[MicroBatch] | BaseException) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._ready.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False

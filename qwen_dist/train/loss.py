@@ -1,0 +1,76 @@
+"""The loss of law 5: the summed negative log-likelihood of supervised tokens, and nothing else.
+
+Shapes: T tokens in a pack, N supervised tokens in it, V vocabulary.
+Label shifting lives here and nowhere else: position t of the hidden states predicts token t + 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+IGNORED = -100
+# Rows of logits turned to fp32 at a time: 256 x 151,936 x 4 bytes = 156 MB, whatever max_tokens is.
+CHUNK_ROWS = 256
+
+
+def supervised_positions(labels_1T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which positions predict a supervised token, and which token each must predict.
+
+    Args:
+        labels_1T: token id where the token is supervised, -100 elsewhere; not shifted.
+
+    Returns:
+        `(positions_N, targets_N)`. Of a pack without supervised tokens, position 0 with target -100, so that every
+        parameter still takes part in backward (ZeRO waits for each parameter's gradient).
+    """
+    next_labels_T = labels_1T[0, 1:]
+    positions_N = torch.nonzero(next_labels_T != IGNORED).squeeze(1)
+    if positions_N.numel() == 0:
+        return positions_N.new_zeros(1), labels_1T.new_full((1,), IGNORED)
+    return positions_N, next_labels_T[positions_N]
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy whose gradient is computed in forward, chunk by chunk, in the logits' own memory.
+
+    The fp32 softmax exists for `CHUNK_ROWS` rows at a time; the gradient takes the place of the logits, which
+    backward no longer needs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        nll_sum = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
+        needs_grad = ctx.needs_input_grad[0]
+        for start in range(0, logits_NV.shape[0], CHUNK_ROWS):
+            rows_CV = logits_NV[start : start + CHUNK_ROWS]
+            targets_C = targets_N[start : start + CHUNK_ROWS]
+            counted_C = targets_C != IGNORED
+            index_C1 = targets_C.clamp(min=0).unsqueeze(1)
+            log_probs_CV = torch.log_softmax(rows_CV.float(), dim=-1)
+            nll_sum -= (log_probs_CV.gather(1, index_C1).squeeze(1) * counted_C).sum()
+            if needs_grad:
+                grad_CV = log_probs_CV.exp_()
+                grad_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=grad_CV.dtype))
+                rows_CV.copy_(grad_CV * counted_C.unsqueeze(1))
+        ctx.save_for_backward(logits_NV)
+        return nll_sum
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad_NV,) = ctx.saved_tensors
+        return grad_NV * grad_outputs[0].to(grad_NV.dtype), None
+
+
+def summed_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Sum of -log p(target) over the rows whose target is not -100, in fp32.
+
+    Args:
+        logits_NV: logits; overwritten, so they must not be used afterwards.
+        targets_N: token ids, or -100 for a row that does not count.
+
+    Returns:
+        A scalar in fp32.
+    """
+    return _SummedCrossEntropy.apply(logits_NV, targets_N)

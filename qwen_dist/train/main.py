@@ -1,0 +1,120 @@
+"""One attempt at a run: start or resume, train, and say how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from pathlib import Path
+
+import torch
+
+from qwen_dist.config import Run
+from qwen_dist.data.prepare import open_prepared
+from qwen_dist.data.shard import plan_steps
+from qwen_dist.data.tokenizer import load_tokenizer
+from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
+from qwen_dist.log import get_logger, log_to_file, start_logging
+from qwen_dist.report.reporter import Reporter
+from qwen_dist.run_dir import RunDir, write_json
+from qwen_dist.train.checkpoint import State, load_checkpoint, newest_checkpoint, read_state
+from qwen_dist.train.engine import Engine, make_engine
+from qwen_dist.train.evaluate import plan_evaluation
+from qwen_dist.train.loop import Job, train
+from qwen_dist.train.signals import StopRequest
+from qwen_dist.train.world import rank_environment, start_world
+
+
+def main(path: str) -> int:
+    """Run one attempt on the run directory `path`; returns the exit code, which outcome.json has as well."""
+    rank = int(rank_environment(dict(os.environ))["RANK"])
+    start_logging(rank)
+    run_dir, progress = RunDir(Path(path)), {"attempt": 0, "step": 0}
+    try:
+        state, num_steps = run_attempt(run_dir, progress)
+        finished = state.step == num_steps
+        code = EXIT_DONE if finished else EXIT_RESUMABLE
+        message = f"finished all {num_steps} steps" if finished else f"stopped and saved at step {state.step}"
+    except UserError as error:
+        code, message = error.exit_code, str(error)
+        get_logger().error("error: %s", message)
+    except Exception as error:
+        code, message = EXIT_RUN_FAILED, f"{type(error).__name__}: {error}"
+        get_logger().debug("%s", traceback.format_exc())
+        get_logger().error("error: %s (the traceback is in %s)", message.splitlines()[0], run_dir.logs)
+    if rank == 0:
+        write_json(run_dir.outcome, {**progress, "exit_code": code, "message": message})
+    return code
+
+
+def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:
+    """Train from the newest checkpoint, or from the start.
+
+    Args:
+        run_dir: holds run.json and ds_config.json.
+        progress: "attempt" and "step" are kept up to date here, for the outcome of a failed attempt too.
+
+    Returns:
+        The last state, and the number of steps of the whole run.
+    """
+    stop = StopRequest().listen()
+    record = json.loads(run_dir.run_json.read_text(encoding="utf-8"))
+    run = Run.model_validate(record["config"])
+    ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
+    world = start_world(run.cluster.device)
+    progress["attempt"] = world.share(run_dir.num_attempts() + 1)
+    log_to_file(run_dir.attempt_logs(progress["attempt"]) / f"rank_{world.rank}.log")
+    torch.manual_seed(run.seed)
+
+    data = open_prepared(run.output_dir, record["data"]["train"])
+    plan = plan_steps(
+        data.lengths_S, data.supervised_S, run.data.max_tokens, run.batch.packs_per_step,
+        epochs=run.length.epochs, max_steps=run.length.max_steps, seed=run.seed,
+    )  # fmt: skip
+    held_out = open_prepared(run.output_dir, record["data"]["eval"]) if record["data"]["eval"] else None
+    engine = make_engine(run, ds_config, world)
+    start = state = start_or_resume(engine, run_dir, run, data.fingerprint)
+    progress["step"] = state.step
+    reporter = Reporter(run, run_dir, record["wandb_id"], state.step, plan.num_steps) if world.is_main else None
+    job = Job(
+        run=run,
+        run_dir=run_dir,
+        engine=engine,
+        train=data,
+        plan=plan,
+        held_out=held_out,
+        held_out_plan=held_out and plan_evaluation(held_out, run.data.max_tokens, run.batch.packs_per_step),
+        pad_id=load_tokenizer(run.tokenizer_path, run.model.revision).pad_id,
+        stop=stop,
+        reporter=reporter,
+    )
+    try:
+        for state in train(job, start):
+            progress["step"] = state.step
+    finally:
+        if reporter is not None:
+            reporter.close()
+    return state, plan.num_steps
+
+
+def start_or_resume(engine: Engine, run_dir: RunDir, run: Run, data_fingerprint: str) -> State:
+    """The state to train from: of the newest whole checkpoint, with the engine put back to it, or a new one.
+
+    Raises:
+        UserError: the checkpoint belongs to other data, another number of processes or another ZeRO stage.
+    """
+    fresh = State(0, 1, engine.world.world_size, run.zero_stage, run.method.kind, data_fingerprint, 0, 0)
+    folder = engine.world.share(newest_checkpoint(run_dir) if engine.world.is_main else None)
+    if folder is None:
+        return fresh
+    saved = read_state(folder)
+    for name in ("world_size", "zero_stage", "method", "data_fingerprint"):
+        then, now = getattr(saved, name), getattr(fresh, name)
+        if then != now:
+            raise UserError(
+                f"The checkpoint {folder} was saved with {name}={then}, this run has {now}; "
+                "set it back, or give the run another name."
+            )
+    state = load_checkpoint(engine, folder)
+    get_logger().info("resumed from %s", folder.name)
+    return state

@@ -1,0 +1,89 @@
+"""The processes of a run: who we are, where we compute, and the few words that ranks exchange."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Slurm's names for what torch.distributed reads; srun sets them on every task.
+SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that speaks and writes."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each of `values`, summed over all ranks; in fp64, in one collective."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def all_succeeded(self, succeeded: bool) -> bool:
+        """Whether every rank succeeded; every rank learns it, and has arrived."""
+        return self.sum([0.0 if succeeded else 1.0])[0] == 0.0
+
+
+def rank_environment(environ: dict[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE and LOCAL_RANK as set by deepspeed, torchrun or srun; one plain process otherwise.
+
+    `SLURM_PROCID` counts only inside a step of several tasks started by srun: a batch script has it too.
+    """
+    if "RANK" in environ:
+        return {name: environ[name] for name in ("RANK", "WORLD_SIZE")} | {"LOCAL_RANK": environ.get("LOCAL_RANK", "0")}
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and "MASTER_ADDR" in environ:
+        return {name: environ[slurm_name] for name, slurm_name in SLURM_NAMES.items()}
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+def start_world(device: str) -> World:
+    """Join the process group through DeepSpeed.
+
+    Args:
+        device: "cuda", "cpu", or "auto" (CUDA where there is one).
+    """
+    os.environ.update(rank_environment(dict(os.environ)))
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    torch_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(torch_device)
+    import deepspeed  # after DS_ACCELERATOR is set: it is read at import
+
+    deepspeed.init_distributed("nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    return World(rank, world_size, local_rank, torch_device)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,70 @@
+"""One optimizer step on real DeepSpeed processes; rank 0 saves its gradients and loss.
+
+    deepspeed --no_local_rank --num_gpus 2 tests/distributed/gradient_worker.py SPECS.json
+
+SPECS.json is a list of {"config", "packs", "out"}: a run's config, the step's packs as lists of sample numbers, and
+the file to write. Samples are made from their number alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from launch.zero import deepspeed_config
+from qwen_dist.config import Run
+from qwen_dist.data.batches import build_micro_batch
+from qwen_dist.train.engine import make_engine
+from qwen_dist.train.loss import IGNORED
+from qwen_dist.train.world import World, start_world
+
+VOCAB_SIZE = 64
+
+
+class NumberedSamples:
+    """Samples made from their number: ids at random, the second half supervised."""
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        numbers = np.random.default_rng(index)
+        ids_T = numbers.integers(0, VOCAB_SIZE, size=int(numbers.integers(6, 30))).astype(np.int32)
+        labels_T = np.where(np.arange(len(ids_T)) < len(ids_T) // 2, IGNORED, ids_T).astype(np.int32)
+        return ids_T, labels_T
+
+
+def one_step(spec: dict, world: World) -> None:
+    run = Run.model_validate(spec["config"])
+    ds_config = deepspeed_config(run, world.world_size)
+    engine = make_engine(run, ds_config, world)
+    packs = [np.array(pack, dtype=np.int64) for pack in spec["packs"]]
+    batches = [build_micro_batch(NumberedSamples(), pack, pad_id=0) for pack in packs[world.rank :: world.world_size]]
+    supervised_tokens = sum(build_micro_batch(NumberedSamples(), pack, pad_id=0).num_supervised for pack in packs)
+
+    nll_sum = 0.0
+    for batch in batches[:-1]:
+        nll_sum += float(engine.backward(batch, supervised_tokens))
+        engine.end_micro_batch()
+    nll_sum += float(engine.backward(batches[-1], supervised_tokens))
+
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    trainable = {name: p for name, p in engine.ds_engine.module.named_parameters() if p.requires_grad}
+    gradients = {name: safe_get_full_grad(parameter).float().clone() for name, parameter in trainable.items()}
+    loss = world.sum([nll_sum])[0] / supervised_tokens
+    engine.step(run.optim.lr)
+    weights = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in trainable.items()}
+    if world.is_main:
+        result = {"loss": loss, "gradients": gradients, "weights": weights, "grad_norm": engine.grad_norm()}
+        torch.save(result, spec["out"])
+    engine.ds_engine.destroy()
+
+
+if __name__ == "__main__":
+    this_world = start_world("cpu")
+    for one_spec in json.loads(Path(sys.argv[1]).read_text()):
+        one_step(one_spec, this_world)
