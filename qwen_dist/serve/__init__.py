@@ -1,0 +1,1 @@
+"""Talking to a trained model: loading, streaming generation, chat."""
