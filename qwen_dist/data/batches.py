@@ -1,43 +1,38 @@
-"""From samples to tensors: one pack is one row and one micro-batch.
+"""A pack as the model takes it: one row of samples, each seeing only itself.
 
-Shapes: T tokens in the pack, S samples in it. The only module of the data path that imports torch.
+Shapes: 1 one row, T tokens of the pack, S samples of the pack.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-IGNORED = -100
-
-
-class Samples(Protocol):
-    """Anything that gives `(ids_T, labels_T)` of a sample by its number."""
-
-    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+from qwen_dist.data.prepared import NOT_TRAINED, Prepared
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One row of packed samples.
+    """One pack.
 
     Args:
-        input_ids_1T: token ids, int64.
-        position_ids_1T: 0, 1, 2 … restarting with each sample, int64.
-        labels_1T: the token id where the token is supervised, -100 elsewhere; not shifted.
-        cu_seq_lens: where each sample begins, and T at the end; int32, S + 1 of them.
-        max_length: tokens in the longest sample.
-        num_tokens: tokens of samples in the pack; 0 when it holds none.
-        num_supervised: supervised tokens in the pack.
+        input_ids_1T: int64.
+        position_ids_1T: int64, from 0 in each sample.
+        labels_1T: int64, the id where the token is supervised, else -100; not shifted.
+        cu_seq_lens: int32 [S+1], where each sample begins, and T.
+        max_length: tokens of the longest sample, a Python int: reading it from a tensor would wait for the device.
+        num_tokens: tokens of samples; 0 for an empty pack, whose one token is padding.
+        num_supervised: supervised tokens.
     """
 
-    input_ids_1T: torch.Tensor
-    position_ids_1T: torch.Tensor
-    labels_1T: torch.Tensor
-    cu_seq_lens: torch.Tensor
+    input_ids_1T: Tensor
+    position_ids_1T: Tensor
+    labels_1T: Tensor
+    cu_seq_lens: Tensor
     max_length: int
     num_tokens: int
     num_supervised: int
@@ -48,32 +43,36 @@ class MicroBatch:
 
     def pin_memory(self) -> MicroBatch:
         """The same batch in page-locked host memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self._map(Tensor.pin_memory)
 
-    def _map(self, change) -> MicroBatch:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         names = ("input_ids_1T", "position_ids_1T", "labels_1T", "cu_seq_lens")
         return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
-def build_micro_batch(samples: Samples, indices: np.ndarray, pad_id: int) -> MicroBatch:
-    """Lay the samples of one pack behind one another.
+def build_micro_batch(prepared: Prepared, sample_indices: np.ndarray, pad_id: int) -> MicroBatch:
+    """Lay samples end to end; an empty pack becomes one pad token without label, so that every rank computes.
 
     Args:
-        samples: where the samples are read from.
-        indices: the numbers of the pack's samples; may be empty.
-        pad_id: stands alone in a pack without samples, so that every rank always has a micro-batch to run.
+        sample_indices: samples of the pack, in order.
+        pad_id: the token of an empty pack.
     """
-    pairs = [samples.sample(int(index)) for index in indices]
-    lengths = [len(ids_T) for ids_T, _ in pairs] or [1]
-    ids_T = np.concatenate([ids for ids, _ in pairs]) if pairs else np.array([pad_id])
-    labels_T = np.concatenate([labels for _, labels in pairs]) if pairs else np.array([IGNORED])
-    positions_T = np.concatenate([np.arange(length) for length in lengths])
+    samples = [prepared.sample(int(index)) for index in sample_indices]
+    num_tokens = sum(len(ids_T) for ids_T, _ in samples)
+    samples = samples or [(np.array([pad_id], np.int32), np.array([NOT_TRAINED], np.int32))]
+    lengths_S = [len(ids_T) for ids_T, _ in samples]
+    labels_T = np.concatenate([labels for _, labels in samples])
     return MicroBatch(
-        input_ids_1T=torch.from_numpy(ids_T.astype(np.int64)).unsqueeze(0),
-        position_ids_1T=torch.from_numpy(positions_T.astype(np.int64)).unsqueeze(0),
-        labels_1T=torch.from_numpy(labels_T.astype(np.int64)).unsqueeze(0),
-        cu_seq_lens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
-        max_length=max(lengths),
-        num_tokens=sum(len(ids) for ids, _ in pairs),
-        num_supervised=int((labels_T != IGNORED).sum()),
+        input_ids_1T=_row([ids_T for ids_T, _ in samples]),
+        position_ids_1T=_row([np.arange(length) for length in lengths_S]),
+        labels_1T=_row([labels_T]),
+        cu_seq_lens=torch.tensor(np.cumsum([0, *lengths_S]), dtype=torch.int32),
+        max_length=max(lengths_S),
+        num_tokens=num_tokens,
+        num_supervised=int((labels_T != NOT_TRAINED).sum()),
     )
+
+
+def _row(pieces: list[np.ndarray]) -> Tensor:
+    """[1, T] int64."""
+    return torch.from_numpy(np.concatenate(pieces).astype(np.int64))[None]

@@ -1,0 +1,126 @@
+"""Tokenized data on disk: written once, memory-mapped ever after.
+
+Folder (`<output_dir>/.prepared/<fingerprint>/`), all samples in the order of the files:
+    ids.npy          int32 [N]    token ids
+    trained.npy      bool  [N]    whether the token is supervised
+    offsets.npy      int64 [S+1]  where each sample begins in them
+    supervised.npy   int32 [S]    supervised tokens of each sample
+    source.npy int16, row.npy int64, message.npy int32, mode.npy int8   [S]  where each sample came from
+    meta.json        fingerprint, counts, and what the fingerprint was made of
+Shapes: N tokens of all samples, S samples, T tokens of one sample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_dist import run_dir
+from qwen_dist.data.part import PartResult
+from qwen_dist.data.spans import MODES
+from qwen_dist.errors import UserError
+
+NOT_TRAINED = -100  # the label that torch's cross entropy ignores by default
+
+
+class Prepared:
+    """The tokenized samples of a run, immutable."""
+
+    def __init__(self, folder: Path) -> None:
+        self.dir = folder
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.fingerprint: str = self.meta["fingerprint"]
+        self.counts: dict[str, Any] = self.meta["counts"]
+        self._ids_N = self._array("ids")
+        self._trained_N = self._array("trained")
+        self._offsets_S1 = self._array("offsets")
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._offsets_S1) - 1
+
+    @cached_property
+    def lengths_S(self) -> np.ndarray:
+        """Tokens of each sample, int32."""
+        return np.diff(self._offsets_S1).astype(np.int32)
+
+    @cached_property
+    def supervised_S(self) -> np.ndarray:
+        """Supervised tokens of each sample, int32."""
+        return np.array(self._array("supervised"))
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """One sample.
+
+        Returns:
+            ids_T int32, and labels_T int32: the id where the token is supervised, else -100. Labels are not shifted.
+        """
+        start, end = self._offsets_S1[index], self._offsets_S1[index + 1]
+        ids_T = np.array(self._ids_N[start:end])
+        return ids_T, np.where(self._trained_N[start:end], ids_T, np.int32(NOT_TRAINED))
+
+    def origin(self, index: int) -> dict[str, Any]:
+        """Where a sample came from: source (its path), row (from 0), message (first supervised one) and mode."""
+        source, row, message, mode = (int(array_S[index]) for array_S in self._origins)
+        path = self.counts["sources"][source]["path"]
+        return {"source": path, "row": row, "message": message, "mode": MODES[mode]}
+
+    @cached_property
+    def _origins(self) -> list[np.ndarray]:
+        return [self._array(name) for name in ("source", "row", "message", "mode")]
+
+    def _array(self, name: str) -> np.ndarray:
+        return np.load(self.dir / f"{name}.npy", mmap_mode="r")
+
+
+def open_prepared(output_dir: str, fingerprint: str) -> Prepared:
+    """The prepared data with this fingerprint.
+
+    Raises:
+        UserError: it is not there.
+    """
+    folder = run_dir.prepared_dir(output_dir, fingerprint)
+    if not (folder / "meta.json").is_file():
+        raise UserError(f"{folder} is missing, the tokenized data of this run; start it again with qwen-dist train.")
+    return Prepared(folder)
+
+
+def write_arrays(folder: Path, results: Sequence[PartResult], parts: Sequence[Path]) -> None:
+    """Join the arrays of all parts, in order, into those of the whole; each part file is removed once joined."""
+    num_tokens, num_samples = sum(r.num_tokens for r in results), sum(r.num_samples for r in results)
+    whole = {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+        for name, dtype, shape in [
+            ("ids", np.int32, (num_tokens,)),
+            ("trained", np.bool_, (num_tokens,)),
+            ("offsets", np.int64, (num_samples + 1,)),
+            ("supervised", np.int32, (num_samples,)),
+            ("source", np.int16, (num_samples,)),
+            ("row", np.int64, (num_samples,)),
+            ("message", np.int32, (num_samples,)),
+            ("mode", np.int8, (num_samples,)),
+        ]
+    }
+    token, sample, source, first_row = 0, 0, -1, 0
+    for result, path in zip(results, parts, strict=True):
+        if result.source != source:
+            source, first_row = result.source, 0
+        tokens = slice(token, token + result.num_tokens)
+        samples = slice(sample, sample + result.num_samples)
+        with np.load(path) as part:
+            for name in ("ids", "trained"):
+                whole[name][tokens] = part[name]
+            for name in ("supervised", "message", "mode"):
+                whole[name][samples] = part[name]
+            whole["row"][samples] = part["row"] + first_row
+            whole["source"][samples] = source
+            whole["offsets"][sample + 1 : samples.stop + 1] = token + np.cumsum(part["lengths"], dtype=np.int64)
+        token, sample, first_row = tokens.stop, samples.stop, first_row + result.num_rows
+        path.unlink()
+    for array in whole.values():
+        array.flush()
