@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qwen_dist.config import Run
@@ -14,18 +14,18 @@ from qwen_dist.errors import EnvironmentNotReady, UserError
 TRAINER_MODULE = "qwen_dist.train"
 
 
-def count_gpus(environ: Mapping[str, str] = os.environ) -> int:
-    """GPUs that this process may use, as nvidia-smi and CUDA_VISIBLE_DEVICES tell; torch is not asked."""
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Ids of the GPUs that this process may use, as nvidia-smi and CUDA_VISIBLE_DEVICES tell; torch is not asked."""
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return 0
-    num_gpus = sum(line.startswith("GPU ") for line in listing.splitlines())
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or not num_gpus:
-        return num_gpus
-    named = [device.strip() for device in visible.split(",")]
-    return len(named[: named.index("-1")] if "-1" in named else [device for device in named if device])
+        return []
+    present = [str(index) for index in range(sum(line.startswith("GPU ") for line in listing.splitlines()))]
+    allowed = environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is None or not present:
+        return present
+    named = [device.strip() for device in allowed.split(",") if device.strip()]
+    return named[: named.index("-1")] if "-1" in named else named
 
 
 def processes_per_node(run: Run, num_gpus: int) -> int:
@@ -60,7 +60,9 @@ def world_size_of(run: Run, per_node: int) -> int:
     return per_node * (run.cluster.nodes if run.cluster.kind == "slurm" else 1)
 
 
-def trainer_argv(run_dir: Path, python: str, num_processes: int = 1, master_port: int = 29500) -> list[str]:
+def trainer_argv(
+    run_dir: Path, python: str, num_processes: int = 1, master_port: int = 29500, gpus: Sequence[str] = ()
+) -> list[str]:
     """The command that starts the trainer on this machine.
 
     Args:
@@ -68,10 +70,21 @@ def trainer_argv(run_dir: Path, python: str, num_processes: int = 1, master_port
         python: the interpreter.
         num_processes: one is started plainly, several by DeepSpeed's runner.
         master_port: port of the rendezvous, used for several.
+        gpus: ids of the GPUs to use, used for several. They are named, since the runner (0.19.8) ignores
+            CUDA_VISIBLE_DEVICES when it is given a mere number, and takes the first ones. None: CPU processes.
+
+    Raises:
+        EnvironmentNotReady: the runner does not know GPUs by names other than indices.
     """
     if num_processes == 1:
         return [python, "-m", TRAINER_MODULE, str(run_dir)]
-    runner = [python, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", str(num_processes)]
+    names = [gpu for gpu in gpus if not gpu.isdigit()]
+    if names:
+        raise EnvironmentNotReady(
+            f"DeepSpeed starts GPUs by index, not by a name like {names[0]}; set CUDA_VISIBLE_DEVICES to indices."
+        )
+    devices = ["--include", f"localhost:{','.join(gpus)}"] if gpus else ["--num_gpus", str(num_processes)]
+    runner = [python, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank", *devices]
     return [*runner, "--master_port", str(master_port), "--module", TRAINER_MODULE, str(run_dir)]
 
 

@@ -1,0 +1,141 @@
+"""New, resume, or refuse: what a run directory that may already be there means for the run at hand. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from qwen_dist.config import Run
+from qwen_dist.errors import UserError
+from qwen_dist.run_dir import RunDir
+
+# What may differ under a resume: it changes neither the samples of a step nor its gradient.
+HARMLESS_SECTIONS = ("checkpoint", "evaluation", "tracking", "cluster")
+# Where things lie may change; what lies there is held by the data's fingerprint.
+HARMLESS_KEYS = ("output_dir",)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run directory holds.
+
+    Attributes:
+        record: its run.json, or None.
+        has_steps: whether a step was ever made in it.
+        is_foreign: whether it holds something, but no run.
+        world_size: processes that saved its newest checkpoint, or None.
+    """
+
+    record: dict[str, Any] | None = None
+    has_steps: bool = False
+    is_foreign: bool = False
+    world_size: int | None = None
+
+
+def look(run_dir: RunDir) -> Found:
+    """Read what `decide` needs to know of a run directory.
+
+    Raises:
+        UserError: its run.json cannot be read.
+    """
+    if not run_dir.path.exists():
+        return Found()
+    if not run_dir.path.is_dir():
+        return Found(is_foreign=True)
+    if not run_dir.run_json.exists():
+        return Found(is_foreign=any(run_dir.path.iterdir()))
+    try:
+        record: dict[str, Any] = json.loads(run_dir.run_json.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir.run_json} cannot be read ({error}); delete the directory to start anew.") from None
+    has_metrics = run_dir.metrics.exists() and run_dir.metrics.stat().st_size > 0
+    return Found(record, has_metrics or run_dir.checkpoints.exists(), False, _saved_world_size(run_dir))
+
+
+def _saved_world_size(run_dir: RunDir) -> int | None:
+    try:
+        newest = (run_dir.checkpoints / "latest").read_text(encoding="utf-8").strip()
+        return int(json.loads((run_dir.checkpoints / newest / "state.json").read_text(encoding="utf-8"))["world_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def decide(found: Found, run: Run, path: Path, world_size: int) -> Literal["new", "resume"]:
+    """Whether `run` starts anew or goes on in the directory `path`.
+
+    Raises:
+        UserError: the directory holds something else, another run, or a checkpoint of another number of processes.
+    """
+    if found.is_foreign:
+        raise UserError(f"{path} is there, but is no run directory; give this run another name, or move it away.")
+    if found.record is None or not found.has_steps:
+        return "new"
+    try:
+        other = Run.model_validate(found.record["config"])
+    except (ValidationError, KeyError):
+        raise UserError(f"{path} was written by another version of qwen-dist; give this run another name.") from None
+    if changed := differences(other, run):
+        key, then, now = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            f"{path} is a run directory of another run: {key} was {_shown(then)}, now {_shown(now)}{more}; "
+            "give this run another name, or delete the directory."
+        )
+    if found.world_size not in (None, world_size):
+        raise UserError(
+            f"{path} was saved by {found.world_size} processes, this run has {world_size}; "
+            f"resume with {found.world_size}, or give this run another name."
+        )
+    return "resume"
+
+
+def check_data(record: Mapping[str, Any], fingerprints: Mapping[str, str | None], path: Path) -> None:
+    """Refuse to resume on data other than the run was started on.
+
+    Raises:
+        UserError: names the split whose files changed.
+    """
+    for split, fingerprint in fingerprints.items():
+        if record["data"][split] != fingerprint:
+            raise UserError(
+                f"data.{split} has changed since {path} was started on it; "
+                "restore the files, give this run another name, or delete the directory."
+            )
+
+
+def differences(then: Run, now: Run) -> list[tuple[str, Any, Any]]:
+    """(key, old, new) of every setting that differs and matters to the run's course, in the run file's order."""
+    old, new = flat(then.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    return [
+        (key, old.get(key), new.get(key))
+        for key in {**new, **old}
+        if old.get(key) != new.get(key) and not _is_harmless(key)
+    ]
+
+
+def _is_harmless(key: str) -> bool:
+    is_data_path = key.startswith("data.") and key.endswith(".path")
+    return key.partition(".")[0] in HARMLESS_SECTIONS or key in HARMLESS_KEYS or is_data_path
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as dotted key -> value; lists of sections are opened, lists of scalars stay."""
+    if isinstance(value, dict):
+        pairs: list[tuple[Any, Any]] = list(value.items())
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        pairs = list(enumerate(value))
+    else:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, inner in pairs:
+        found |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)

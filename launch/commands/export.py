@@ -1,0 +1,35 @@
+"""`qwen-dist export`: a Hugging Face folder from a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from qwen_dist.errors import UserError
+from qwen_dist.run_dir import RunDir
+
+EPILOG = """\b
+Example:
+  qwen-dist export runs/demo
+  qwen-dist export runs/demo --step 200 --out my-model
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(min=1), metavar="K", help="Checkpoint to export; default: the newest.")
+@click.option("--adapter-only", is_flag=True, help="LoRA: write the adapter alone, not merged.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write; default: RUN_DIR/export.")
+def command(run_dir: Path, step: int | None, adapter_only: bool, out: Path | None) -> int:
+    """Make a Hugging Face folder of a run's checkpoint, reload it and compare. Needs no GPU."""
+    if not RunDir(run_dir).run_json.is_file():
+        raise UserError(f"{run_dir} is no run directory: it has no run.json; name the one that train made.")
+    argv = [sys.executable, "-m", "qwen_dist.export", str(run_dir)]
+    argv += ["--step", str(step)] if step is not None else []
+    argv += ["--adapter-only"] if adapter_only else []
+    argv += ["--out", str(out)] if out is not None else []
+    return subprocess.run(argv, env={**os.environ, "DS_ACCELERATOR": "cpu"}, check=False).returncode
