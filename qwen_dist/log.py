@@ -38,6 +38,9 @@ def start_logging(rank: int) -> None:
     logger.handlers[:] = [console]
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
+    logging.captureWarnings(True)  # Python's warnings go to the log file, not between the progress lines
+    logging.getLogger("py.warnings").handlers[:] = [logging.NullHandler()]
+    logging.getLogger("py.warnings").propagate = False
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -47,5 +50,5 @@ def log_to_file(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s [{os.getpid()}] %(name)s: %(message)s"))
-    for name in (LOGGER_NAME, *NOISY_LOGGERS):
+    for name in (LOGGER_NAME, "py.warnings", *NOISY_LOGGERS):
         logging.getLogger(name).addHandler(handler)

@@ -7,12 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_dist.data.prepared import NOT_TRAINED, Prepared
+from qwen_dist.data.prepared import NOT_TRAINED
+
+
+class Samples(Protocol):
+    """Numbered samples, as `Prepared` holds them: (ids_T, labels_T), both int32, labels not shifted."""
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class MicroBatch:
         return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
-def build_micro_batch(prepared: Prepared, sample_indices: np.ndarray, pad_id: int) -> MicroBatch:
+def build_micro_batch(prepared: Samples, sample_indices: np.ndarray, pad_id: int) -> MicroBatch:
     """Lay samples end to end; an empty pack becomes one pad token without label, so that every rank computes.
 
     Args:

@@ -87,8 +87,17 @@ def make_engine(run: Run, ds_config: dict[str, Any], world: World) -> Engine:
     if run.method.kind == "lora":
         model = add_adapters(model, run.method, run.seed)
     if run.model.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model)
     optimizer = make_optimizer(model, run.optim)
     ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     ds_engine.train()
     return Engine(ds_engine, backend, world)
+
+
+def recompute_layers(model: torch.nn.Module) -> None:
+    """Recompute each decoder layer in backward instead of keeping its activations.
+
+    transformers 5.23 renamed the switch; ranges down to 5.17 know the old name only.
+    """
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    switch({"use_reentrant": False})

@@ -93,7 +93,7 @@ def _train_step(job: Job, feed: Feed, step: int) -> tuple[dict[str, Any], bool]:
     step_time_s = time.perf_counter() - started
     metrics = {
         "step": step,
-        "epoch": plan.epoch_of(step),
+        "epoch": plan.epoch_of(step) + 1,
         "loss": total_nll / supervised_tokens,
         "lr": lr,
         "grad_norm": engine.grad_norm(),
@@ -129,12 +129,10 @@ def _advance(state: State, metrics: dict[str, Any]) -> State:
 def _evaluation_due(job: Job, step: int) -> bool:
     if job.held_out is None:
         return False
-    if step == job.plan.num_steps:
-        return True
     every_steps = job.run.evaluation.every_steps
-    if every_steps is not None:
-        return step % every_steps == 0
-    return job.plan.epoch_of(step) != job.plan.epoch_of(step + 1)
+    if every_steps is None:
+        return job.plan.is_last_of_epoch(step)
+    return step % every_steps == 0 or step == job.plan.num_steps
 
 
 def _evaluate(job: Job, state: State) -> None:

@@ -14,14 +14,14 @@ def lr_at(step: int, num_steps: int, optim: Optim) -> float:
     """Learning rate of optimizer step `step` (from 1) of `num_steps`.
 
     Linear warm-up over `optim.warmup` of all steps (its last step runs at the full rate), then the schedule down
-    to `optim.lr * optim.min_lr_ratio` at the last step.
+    to `optim.lr * optim.min_lr_ratio`, which the step after the last would have: no step runs at rate 0.
     """
     warmup_steps = math.ceil(optim.warmup * num_steps)
     if step <= warmup_steps:
         return optim.lr * step / warmup_steps
     if optim.schedule == "constant":
         return optim.lr
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    progress = (step - warmup_steps) / (num_steps + 1 - warmup_steps)
     fall = (1 + math.cos(math.pi * progress)) / 2 if optim.schedule == "cosine" else 1 - progress
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * fall)
 

@@ -1,0 +1,51 @@
+"""The learning rate of each step, and which weights decay."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_dist.config import Optim
+from qwen_dist.train.optim import lr_at, parameter_groups
+
+
+def test_cosine_with_warm_up_by_hand() -> None:
+    optim = Optim(lr=1.0, schedule="cosine", warmup=0.2, min_lr_ratio=0.1)
+    rates = [lr_at(step, 11, optim) for step in range(1, 13)]
+    assert rates[:3] == [1 / 3, 2 / 3, 1.0]
+    assert rates[6] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 4 / 9)) / 2)
+    assert rates[11] == pytest.approx(0.1)
+
+
+def test_linear_and_constant_by_hand() -> None:
+    assert lr_at(3, 4, Optim(lr=1.0, schedule="linear", warmup=0)) == pytest.approx(0.4)
+    assert lr_at(4, 4, Optim(lr=1.0, schedule="linear", warmup=0)) == pytest.approx(0.2)
+    assert lr_at(4, 4, Optim(lr=1.0, schedule="constant", warmup=0)) == 1
+
+
+@given(
+    num_steps=st.integers(1, 300),
+    warmup=st.floats(0, 0.99),
+    ratio=st.floats(0, 1),
+    schedule=st.sampled_from(["cosine", "linear", "constant"]),
+)
+def test_it_rises_once_falls_once_and_stays_in_bounds(num_steps: int, warmup: float, ratio: float, schedule) -> None:
+    optim = Optim(lr=3e-4, schedule=schedule, warmup=warmup, min_lr_ratio=ratio)
+    rates = [lr_at(step, num_steps, optim) for step in range(1, num_steps + 1)]
+    assert all(0 <= rate <= 3e-4 * (1 + 1e-12) for rate in rates)
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_only_trainable_matrices_decay() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    model[2].requires_grad_(False)
+    matrices, vectors = parameter_groups(model, 0.1)
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert matrices["params"] == [model[0].weight]
+    assert len(vectors["params"]) == 3
