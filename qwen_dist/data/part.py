@@ -66,7 +66,7 @@ class PartResult:
     def drop(self, reason: str, line: int) -> None:
         self.dropped[reason] += 1
         places = self.dropped_at.setdefault(reason, [])
-        if len(places) < NUM_PLACES:
+        if len(places) < NUM_PLACES and line not in places[-1:]:
             places.append(line)
 
     def refuse(self, line: int, reason: str) -> None:
