@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import socket
 from dataclasses import dataclass
@@ -10,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from qwen_dist.log import get_logger
 
 # Slurm's names for what torch.distributed reads; srun sets them on every task.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -77,9 +81,11 @@ def start_world(device: str) -> World:
     torch_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(torch_device)
-    import deepspeed  # after DS_ACCELERATOR is set: it is read at import
+    with contextlib.redirect_stdout(io.StringIO()) as chatter:  # DeepSpeed tells each op that it builds
+        import deepspeed  # after DS_ACCELERATOR is set: it is read at import
 
-    deepspeed.init_distributed("nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+        deepspeed.init_distributed("nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    get_logger().debug("%s", chatter.getvalue().strip())
     return World(rank, world_size, local_rank, torch_device)
 
 

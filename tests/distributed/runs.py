@@ -1,0 +1,109 @@
+"""Real runs through the command line: two DeepSpeed processes on the CPU, small model, the demo's data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+
+from qwen_dist.report.metrics import read_metrics
+
+REPO = Path(__file__).resolve().parents[2]
+DEMO = REPO / "examples" / "demo"
+CLI = [sys.executable, "-m", "launch.cli"]
+SMALL_QWEN3 = {
+    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 8192, "hidden_size": 64,
+    "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "tie_word_embeddings": True, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def write_run_file(folder: Path, name: str, model_config: dict | None = None, **sections: dict) -> Path:
+    """A run file for a few seconds of training; `sections` replace or extend its own, key by key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model_config or SMALL_QWEN3))
+    run: dict = {
+        "name": name,
+        "output_dir": str(folder / "runs"),
+        "model": {"path": "config.json", "tokenizer": str(DEMO / "tokenizer")},
+        "data": {"train": [{"path": str(DEMO / "train.jsonl")}], "max_tokens": 512},
+        "batch": {"packs_per_step": 4},
+        "optim": {"lr": 2e-3, "weight_decay": 0.01},
+        "length": {"epochs": 9, "max_steps": 10},
+        "checkpoint": {"every_steps": 3, "keep": 9},
+        "cluster": {"device": "cpu", "gpus_per_node": 2},
+    }
+    for section, values in sections.items():
+        run[section] = {**run.get(section, {}), **values}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(run, sort_keys=False))
+    return path
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """`qwen-dist ARGUMENTS` in the background, its output kept."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("QWEN_DIST_")}
+    return subprocess.Popen(
+        [*CLI, *arguments], cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen, expected_code: int = 0, timeout_s: float = 300) -> str:
+    """Wait for it; its output. Fails with the output when the exit code is another."""
+    output, _ = process.communicate(timeout=timeout_s)
+    assert process.returncode == expected_code, f"exit code {process.returncode}\n{output}"
+    return output
+
+
+def qwen_dist(*arguments: str, expected_code: int = 0) -> str:
+    """`qwen-dist ARGUMENTS` to its end; its output."""
+    return finish(start(*arguments), expected_code)
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout_s: float = 240) -> None:
+    """Until metrics.jsonl holds step number `step`."""
+    deadline = time.monotonic() + timeout_s
+    while not any(entry["step"] >= step for entry in read_metrics(run_dir / "metrics.jsonl")):
+        assert process.poll() is None, f"ended before step {step}\n{process.communicate()[0]}"
+        assert time.monotonic() < deadline, f"no step {step} in {timeout_s} s"
+        time.sleep(0.05)
+
+
+def rank_processes(process: subprocess.Popen) -> list[psutil.Process]:
+    """The trainer's processes under a `qwen-dist train`, by rank."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    ranks = [child for child in children if "-m" in child.cmdline() and "qwen_dist.train" in child.cmdline()]
+    return sorted(ranks, key=lambda rank: int(rank.environ()["RANK"]))
+
+
+def step_metrics(run_dir: Path) -> dict[int, dict]:
+    """The objects of metrics.jsonl that are steps, by step; fails on a step that is there twice."""
+    steps = [entry for entry in read_metrics(run_dir / "metrics.jsonl") if "loss" in entry]
+    assert len({entry["step"] for entry in steps}) == len(steps)
+    return {entry["step"]: entry for entry in steps}
+
+
+def engine_tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint's DeepSpeed files: weights, masters and optimizer moments, by file and place."""
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(value: object, place: str) -> None:
+        if isinstance(value, torch.Tensor):
+            found[place] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{place}/{key}")
+        elif isinstance(value, list | tuple):
+            for index, inner in enumerate(value):
+                walk(inner, f"{place}/{index}")
+
+    for file in sorted((run_dir / "checkpoints" / f"step_{step:08d}" / "engine").glob("*.pt")):
+        walk(torch.load(file, weights_only=False), file.name)
+    return found

@@ -1,0 +1,75 @@
+"""Law 6 on real processes: a run that lost a rank to kill -9 ends bit for bit like one that was never stopped."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.runs import (
+    engine_tensors, finish, qwen_dist, rank_processes, start, step_metrics, wait_for_step, write_run_file,
+)  # fmt: skip
+
+STEPS = 10
+# With dropout the random state has to come back too, not the weights alone.
+LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.2}
+WAYS = {
+    "full-zero2": {"method": {"kind": "full"}, "zero": {"stage": 2}},
+    "full-zero3": {"method": {"kind": "full"}, "zero": {"stage": 3}},
+    "lora-zero2": {"method": LORA, "zero": {"stage": 2}},
+    "lora-zero3": {"method": LORA, "zero": {"stage": 3}},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_and_started_again_equals_never_stopped(way: str, tmp_path: Path) -> None:
+    steady_file = write_run_file(tmp_path, "steady", **WAYS[way])
+    qwen_dist("train", str(steady_file))
+
+    killed_file = write_run_file(tmp_path, "killed", **WAYS[way])
+    killed = tmp_path / "runs" / "killed"
+    first = start("train", str(killed_file))
+    wait_for_step(killed, 5, first)
+    ranks = rank_processes(first)
+    ranks[1].kill()
+    output = finish(first, expected_code=1)
+    assert not any(rank.is_running() for rank in ranks), "a rank outlived its run"
+    assert "Traceback" not in output
+    assert not (killed / "checkpoints" / f"step_{STEPS:08d}").exists(), "it ended before it was killed"
+
+    output = qwen_dist("train", str(killed_file))
+    assert "resumed from step_0000000" in output
+
+    assert_same_run(tmp_path / "runs" / "steady", killed)
+
+
+def test_term_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    steady_file = write_run_file(tmp_path, "steady", zero={"stage": 2})
+    qwen_dist("train", str(steady_file))
+
+    stopped_file = write_run_file(tmp_path, "stopped", zero={"stage": 2})
+    stopped = tmp_path / "runs" / "stopped"
+    first = start("train", str(stopped_file))
+    wait_for_step(stopped, 4, first)
+    first.send_signal(signal.SIGTERM)
+    finish(first, expected_code=75)
+    saved = sorted(folder.name for folder in (stopped / "checkpoints").glob("step_*"))
+    assert saved[-1] == f"step_{max(step_metrics(stopped)):08d}", "what was trained was not saved"
+    qwen_dist("train", str(stopped_file))
+
+    assert_same_run(tmp_path / "runs" / "steady", stopped)
+    assert "already" in qwen_dist("train", str(stopped_file)), "a finished run is not trained again"
+
+
+def assert_same_run(steady: Path, other: Path) -> None:
+    expected, found = step_metrics(steady), step_metrics(other)
+    assert list(found) == list(range(1, STEPS + 1))
+    for step, entry in expected.items():
+        for key in ("loss", "grad_norm", "lr", "tokens", "supervised_tokens", "epoch"):
+            assert found[step][key] == entry[key], f"{key} of step {step}"
+    expected_tensors, tensors = engine_tensors(steady, STEPS), engine_tensors(other, STEPS)
+    assert tensors.keys() == expected_tensors.keys()
+    for place, tensor in expected_tensors.items():
+        assert torch.equal(tensors[place], tensor), place
