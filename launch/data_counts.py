@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ def exact_counts(run: Run, prepared: Prepared) -> DataCounts:
         samples=counts["samples"],
         tokens=counts["tokens"],
         supervised_tokens=counts["supervised_tokens"],
+        dropped=counts["dropped"],
         packs_per_epoch=packs,
         is_exact=len(lengths_S) * run.length.epochs <= MAX_PACKED_SAMPLES,
     )
@@ -153,11 +155,13 @@ def _scaled(run: Run, sizes: Sequence[int], done: Sequence[tuple[Part, PartResul
         model_S = np.resize(lengths_S, MODEL_SAMPLES)  # repeated as often as needed
         packs_per_token = packs_per_epoch(run, model_S)[0] / int(model_S.sum())
         packs = (max(1, round(packs_per_token * int(lengths_S.sum()) * scale)),) * run.length.epochs
+    dropped = sum((result.dropped for _, result, _ in done), Counter[str]())
     return DataCounts(
         rows=round(sum(result.num_rows for _, result, _ in done) * scale),
         samples=round(len(lengths_S) * scale),
         tokens=round(int(lengths_S.sum()) * scale),
         supervised_tokens=round(sum(result.num_supervised for _, result, _ in done) * scale),
+        dropped={reason: max(1, round(number * scale)) for reason, number in dropped.items()},
         packs_per_epoch=packs,
         is_exact=is_exact,
     )

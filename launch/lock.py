@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qwen_dist.errors import UserError
+from qwen_dist.errors import EnvironmentNotReady, UserError
 from qwen_dist.run_dir import RunDir
 
 LOCK_NAME = ".lock"
@@ -15,12 +15,20 @@ LOCK_NAME = ".lock"
 
 @contextmanager
 def exclusive(run_dir: RunDir) -> Iterator[None]:
-    """Hold the run directory; the kernel lets go of it when this process ends, however it ends.
+    """Hold the run directory, made where it is missing; the kernel lets go when this process ends, however it ends.
 
     Raises:
         UserError: another process holds it.
+        EnvironmentNotReady: it cannot be made.
     """
-    with (run_dir.path / LOCK_NAME).open("a+") as file:
+    try:
+        run_dir.path.mkdir(parents=True, exist_ok=True)
+        file = (run_dir.path / LOCK_NAME).open("a+")
+    except OSError as error:
+        raise EnvironmentNotReady(
+            f"{run_dir.path} cannot be written ({error.strerror}); set output_dir to another place."
+        ) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

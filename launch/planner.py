@@ -18,6 +18,7 @@ class DataCounts:
         samples: samples made of them.
         tokens: tokens of one epoch.
         supervised_tokens: those that are trained.
+        dropped: reason -> rows or samples that are not trained on.
         packs_per_epoch: packs in each epoch.
         is_exact: counted, not estimated from some of the rows.
     """
@@ -26,6 +27,7 @@ class DataCounts:
     samples: int
     tokens: int
     supervised_tokens: int
+    dropped: dict[str, int]
     packs_per_epoch: tuple[int, ...]
     is_exact: bool
 

@@ -6,6 +6,7 @@ Precedence: file < environment (`QWEN_DIST_OPTIM__LR=2e-5`) < command line (`opt
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from qwen_dist.errors import UserError, did_you_mean
 
 ENVIRONMENT_PREFIX = "QWEN_DIST_"
 DEFAULT = "default"
+SECRET = re.compile(r"(?i)\b(\w*(?:api_?key|token|secret|passw(?:or)?d))=[^\s$]")
 COMMAND_LINE = "command line"
 
 
@@ -84,6 +86,7 @@ def load_run(
             raise UserError(f"'{word}' is not of the form key=value, as optim.lr=2e-5{near or '.'}")
         _set(values, name.split("."), read_scalar(text), COMMAND_LINE)
     _drop_empty_sections(values)
+    _refuse_secrets(values)
     _resolve_paths(values, file.absolute().parent)
     run = _validate(values)
     sources = {key: values.places.get(key_path, DEFAULT) for key_path, key in _leaves(run.model_dump())}
@@ -136,7 +139,7 @@ def _set(values: _Values, key: list[str], value: Any, place: str) -> None:
 def _leaves(value: Any, inner_too: bool = False, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """Key paths below `value` and their dotted form; a list of scalars is one leaf."""
     is_list_of_sections = isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value)
-    if inner_too or not (isinstance(value, dict) or is_list_of_sections):
+    if inner_too or not ((isinstance(value, dict) and value) or is_list_of_sections):
         yield path, dotted(path)
     if isinstance(value, dict):
         children: list[tuple[str | int, Any]] = list(value.items())
@@ -152,6 +155,16 @@ def _drop_empty_sections(values: _Values) -> None:
     """A section whose lines are all commented out reads as null: it is as if it were not there."""
     for key in [key for key, value in values.raw.items() if value is None and section_at((key,))]:
         del values.raw[key]
+
+
+def _refuse_secrets(values: _Values) -> None:
+    """Keys and tokens in setup lines would end up in run.json, in job.sbatch and at W&B."""
+    cluster = values.raw.get("cluster")
+    setup = cluster.get("setup") if isinstance(cluster, dict) else None
+    for index, line in enumerate(setup if isinstance(setup, list) else []):
+        if isinstance(line, str) and (found := SECRET.search(line)):
+            fix = "export it in the shell that submits, or log in with its own tool"
+            values.complain(("cluster", "setup", index), f"holds a secret ({found[1]}), which would be kept; {fix}")
 
 
 def _resolve_paths(values: _Values, folder: Path) -> None:

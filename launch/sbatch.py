@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from importlib import resources
 from pathlib import Path
@@ -13,6 +14,7 @@ from qwen_dist.config import Run
 from qwen_dist.errors import UserError
 
 TEMPLATE = "bare.sbatch.j2"
+HARMLESS = re.compile(r"[A-Za-z0-9_./:,=%+-]+")
 FORBIDDEN = {"\n": "a line break", "\r": "a line break", "\0": "a NUL"}
 MIN_MASTER_PORT, NUM_MASTER_PORTS = 20_000, 10_000  # below Linux's ephemeral ports (32768 and up)
 
@@ -69,13 +71,18 @@ def _variables(run: Run, per_node: int) -> dict[str, str]:
 
 
 def _directive(key: str, value: str) -> str:
-    """One #SBATCH line. Slurm (22.05) splits it at spaces outside of quotes, and takes a backslash as it stands."""
+    """One #SBATCH line.
+
+    sbatch (22.05) splits it like a shell at spaces, knows double quotes with a backslash as escape, and takes
+    everything else inside of them as it stands.
+    """
     _one_line(f"cluster.{key}", value)
-    if not value or value[0] == "-":
-        raise UserError(f"cluster.{key}={value!r} is no value that sbatch takes; correct it.")
-    if any(sign in value for sign in " '\"#\\") and '"' in value:
-        raise UserError(f"{key}={value!r} holds a double quote, which no #SBATCH line can; choose another name.")
-    return f'#SBATCH --{key}="{value}"' if any(sign in value for sign in " '#\\") else f"#SBATCH --{key}={value}"
+    if not value:
+        raise UserError(f"cluster.{key} is empty; give it a value, or remove it.")
+    if HARMLESS.fullmatch(value):
+        return f"#SBATCH --{key}={value}"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'#SBATCH --{key}="{escaped}"'
 
 
 def _one_line(what: str, value: str) -> str:

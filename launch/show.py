@@ -28,6 +28,7 @@ def plan_text(plan: Plan) -> str:
             ("", f"{count(plan.tokens_per_step)} tokens on average"),
             ("data", f"{count(data.rows)} rows, {count(data.samples)} samples"),
             ("", f"{count(data.tokens)} tokens, {count(data.supervised_tokens)} trained ({trained:.0%})"),
+            *(("dropped", f"{count(number)}: {reason}") for reason, number in sorted(data.dropped.items())),
             ("epoch", f"{count(data.packs_per_epoch[0])} packs, {count(plan.steps_per_epoch)} steps"),
             ("length", f"{count(plan.total_steps)} steps, {epochs} {'epoch' if epochs == 1 else 'epochs'}"),
             ("", f"{count(plan.total_tokens)} tokens, {count(plan.total_supervised_tokens)} trained"),

@@ -1,0 +1,75 @@
+"""`qwen-dist train`: start a run, or go on with it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, UserError
+
+if TYPE_CHECKING:
+    from launch.start import Start
+
+EPILOG = """\b
+Example:
+  qwen-dist train run.yaml
+  qwen-dist train run.yaml optim.lr=2e-5 --dry-run
+  QWEN_DIST_OPTIM__LR=2e-5 qwen-dist train run.yaml
+
+\b
+The same command again goes on where it stopped.
+Exit codes: 0 done, 1 failed, 2 wrong run file,
+3 environment not ready, 75 stopped and resumable.
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("run_file", metavar="RUN.yaml", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--dry-run", is_flag=True, help="Write the run directory and print the command, start nothing.")
+def command(run_file: Path, overrides: tuple[str, ...], dry_run: bool) -> int:
+    """Train here: on one GPU, on all GPUs of this machine, or on CPU. Resumes a run that is already there."""
+    from launch.lock import exclusive
+    from launch.progress import tokenizing_shown
+    from launch.run_file import load_run
+    from launch.show import plan_text, short_path
+    from launch.start import make_start
+
+    loaded = load_run(run_file, overrides)
+    for warning in loaded.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if loaded.run.cluster.kind == "slurm" and not dry_run:
+        raise UserError(
+            "a Slurm run is not started from here; write its script with --dry-run, and submit that with sbatch."
+        )
+    with tokenizing_shown() as progress:
+        start = make_start(loaded, progress)
+    folder = short_path(str(start.run_dir.path))
+    click.echo(plan_text(start.plan))
+    if start.kind == "done":
+        click.echo(f"\n{folder} is finished.\nNext: qwen-dist export {shlex.quote(folder)}")
+        return EXIT_DONE
+    with exclusive(start.run_dir):
+        start.write()
+        if dry_run:
+            click.echo(f"\nWrote {folder}. Start it with:\n{start.command}")
+            return EXIT_DONE
+        return _train(start, folder)
+
+
+def _train(start: Start, folder: str) -> int:
+    from launch.supervise import supervise
+
+    click.echo(f"\n{'Resuming' if start.kind == 'resume' else 'Starting'} {folder}")
+    outcome = supervise(start.argv, {**os.environ, **start.variables}, start.run_dir)
+    if outcome.exit_code == EXIT_DONE:
+        click.echo(f"Done: {outcome.message}.\nNext: qwen-dist export {shlex.quote(folder)}")
+    elif outcome.exit_code == EXIT_RESUMABLE:
+        click.echo(f"Not done: {outcome.message}. The same command goes on from there.")
+    else:
+        click.echo(f"error: {outcome.message}", err=True)
+    return outcome.exit_code

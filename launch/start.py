@@ -1,0 +1,149 @@
+"""The start of a run: everything is decided, and refused, before the first file is written."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from launch.attempt import check_data, decide, look
+from launch.data_counts import exact_counts
+from launch.hosts import (
+    free_port,
+    processes_per_node,
+    trainer_argv,
+    trainer_environment,
+    visible_gpus,
+    world_size_of,
+)
+from launch.planner import Plan, make_plan
+from launch.record import make_record
+from launch.run_file import Loaded
+from launch.sbatch import sbatch_text
+from launch.supervise import read_outcome
+from launch.zero import deepspeed_config
+from qwen_dist.batch_math import plan_batch
+from qwen_dist.config import Run
+from qwen_dist.errors import EXIT_DONE, EnvironmentNotReady, UserError
+from qwen_dist.run_dir import RunDir, prepared_dir, write_atomically, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qwen_dist.data.prepared import Prepared
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that is ready to be written and started.
+
+    Attributes:
+        run_dir: its directory.
+        kind: "new", "resume", or "done" where the last attempt finished it.
+        plan: what it will do.
+        files: name in the run directory -> content; text, or a JSON value.
+        argv: the command that starts the trainer on this machine; on Slurm the one that submits it.
+        variables: what that command's environment needs besides the inherited one.
+    """
+
+    run_dir: RunDir
+    kind: Literal["new", "resume", "done"]
+    plan: Plan
+    files: dict[str, Any]
+    argv: list[str]
+    variables: dict[str, str]
+
+    @property
+    def command(self) -> str:
+        """The command as a line for a shell."""
+        words = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
+        return " ".join([*words, shlex.join(self.argv)])
+
+    def write(self) -> None:
+        """Write the files of the run directory, which is there.
+
+        Raises:
+            EnvironmentNotReady: it cannot be written.
+        """
+        try:
+            for name, content in {**self.files, self.run_dir.command.name: f"{self.command}\n"}.items():
+                if isinstance(content, str):
+                    write_atomically(self.run_dir.path / name, content)
+                else:
+                    write_json(self.run_dir.path / name, content)
+        except OSError as error:
+            raise EnvironmentNotReady(
+                f"{self.run_dir.path} cannot be written ({error.strerror}); set output_dir to another place."
+            ) from None
+
+
+def make_start(loaded: Loaded, progress: Callable[[int, int], None] | None = None) -> Start:
+    """Decide everything about a run's start. Writes nothing but the prepared data, and that only if all is well.
+
+    Args:
+        loaded: the checked run file.
+        progress: called with (bytes done, bytes in all) while data is tokenized.
+
+    Raises:
+        UserError: the run cannot be started; says why.
+    """
+    run = loaded.run
+    gpus = [] if run.cluster.device == "cpu" or run.cluster.kind == "slurm" else visible_gpus()
+    per_node = processes_per_node(run, len(gpus))
+    world_size = world_size_of(run, per_node)
+    plan_batch(run.batch.packs_per_step, world_size)
+    run_dir = RunDir(Path(run.output_dir) / run.name)
+    found = look(run_dir)
+    kind = decide(found, run, run_dir.path, world_size)
+    files: dict[str, Any] = {run_dir.ds_config.name: deepspeed_config(run, world_size)}
+    if run.cluster.kind == "slurm":
+        argv, variables = ["sbatch", str(run_dir.sbatch)], {}
+        files[run_dir.sbatch.name] = sbatch_text(run, run_dir.path, sys.executable)
+    else:
+        argv = trainer_argv(run_dir.path, sys.executable, per_node, free_port(), gpus[:per_node])
+        variables = trainer_environment(run, per_node)
+
+    train, held_out = _prepare(run, progress)
+    fingerprints = {"train": train.fingerprint, "eval": held_out.fingerprint if held_out else None}
+    before = found.record if kind == "resume" else None
+    if before is not None:
+        check_data(before, fingerprints, run_dir.path)
+    plan = make_plan(run, per_node, exact_counts(run, train))
+    counts = {"train": train.counts, "eval": held_out.counts if held_out else None}
+    files = {run_dir.run_json.name: make_record(loaded, fingerprints, counts, before), **files}
+    is_done = kind == "resume" and _is_finished(run_dir, plan)
+    return Start(run_dir, "done" if is_done else kind, plan, files, argv, variables)
+
+
+def _prepare(run: Run, progress: Callable[[int, int], None] | None) -> tuple[Prepared, Prepared | None]:
+    """Tokenize training and held-out data, both or neither."""
+    from qwen_dist.data.prepare import data_fingerprint, prepare
+
+    if not run.data.eval:
+        return prepare(run, "train", progress=progress), None
+    is_there = (prepared_dir(run.output_dir, data_fingerprint(run, "eval")) / "meta.json").is_file()
+    held_out = prepare(run, "eval", progress=progress)
+    try:
+        return prepare(run, "train", progress=progress), held_out
+    except UserError:
+        if not is_there:
+            _forget(held_out)
+        raise
+
+
+def _forget(prepared: Prepared) -> None:
+    """Remove prepared data that no run uses, and the folders around it that it leaves empty."""
+    shutil.rmtree(prepared.dir, ignore_errors=True)
+    for folder in (prepared.dir.parent, prepared.dir.parent.parent):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def _is_finished(run_dir: RunDir, plan: Plan) -> bool:
+    outcome = read_outcome(run_dir)
+    return outcome is not None and outcome.exit_code == EXIT_DONE and outcome.step >= plan.total_steps
