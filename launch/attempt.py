@@ -18,6 +18,7 @@ from qwen_dist.run_dir import RunDir
 HARMLESS_SECTIONS = ("checkpoint", "evaluation", "tracking", "cluster")
 # Where things lie may change; what lies there is held by the data's fingerprint.
 HARMLESS_KEYS = ("output_dir",)
+MAX_TOLD = 3  # differing settings that an error names
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,10 @@ def decide(found: Found, run: Run, path: Path, world_size: int) -> Literal["new"
     except (ValidationError, KeyError):
         raise UserError(f"{path} was written by another version of qwen-dist; give this run another name.") from None
     if changed := differences(other, run):
-        key, then, now = changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        told = ", ".join(f"{key} was {_shown(then)}, now {_shown(now)}" for key, then, now in changed[:MAX_TOLD])
+        more = f", and {len(changed) - MAX_TOLD} more" if len(changed) > MAX_TOLD else ""
         raise UserError(
-            f"{path} is a run directory of another run: {key} was {_shown(then)}, now {_shown(now)}{more}; "
+            f"{path} is a run directory of another run: {told}{more}; "
             "give this run another name, or delete the directory."
         )
     if found.world_size not in (None, world_size):
