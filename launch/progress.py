@@ -11,7 +11,10 @@ from contextlib import contextmanager
 def tokenizing_shown() -> Iterator[Callable[[int, int], None]]:
     """Yields what `prepare` calls with (bytes done, bytes in all); nothing is shown before the first call."""
     if not sys.stderr.isatty():
-        yield _tell_once
+        sizes: list[int] = []
+        yield lambda done, total: sizes.append(total) if done == total else None
+        if sizes:
+            print(f"tokenized {sum(sizes) / 1e6:.1f} MB", file=sys.stderr)
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,8 +23,3 @@ def tokenizing_shown() -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
-
-
-def _tell_once(done: int, total: int) -> None:
-    if done == total:
-        print(f"tokenized {total / 1e6:.1f} MB", file=sys.stderr)

@@ -1,0 +1,98 @@
+"""New, resume or refuse; by way of the command line where files are involved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.attempt import Found, decide, differences
+from qwen_dist.config import Checkpoint, Data, Model, Optim, Run, Source
+from qwen_dist.errors import UserError
+from tests.launch.conftest import write_run
+
+RUN = Run(name="r", model=Model(path="m"), data=Data(train=(Source(path="x"),)))
+PATH = Path("runs/r")
+
+
+def found(run: Run = RUN, **more) -> Found:
+    return Found(**{"record": {"config": run.model_dump(mode="json")}, "has_steps": True, **more})
+
+
+def test_an_absent_directory_is_new():
+    assert decide(Found(), RUN, PATH, 8) == "new"
+
+
+def test_the_same_run_resumes():
+    assert decide(found(world_size=8), RUN, PATH, 8) == "resume"
+
+
+def test_a_run_that_never_made_a_step_is_new():
+    other = RUN.model_copy(update={"optim": Optim(lr=1.0)})
+    assert decide(found(other, has_steps=False), RUN, PATH, 8) == "new"
+
+
+def test_harmless_settings_may_change():
+    other = RUN.model_copy(update={"checkpoint": Checkpoint(keep=9), "output_dir": "/elsewhere"})
+    assert decide(found(other), RUN, PATH, 8) == "resume"
+
+
+def test_the_first_differences_are_named():
+    other = Run(name="r", model=Model(path="m2"), data=Data(train=(Source(path="y"),), max_tokens=64), seed=3)
+    assert differences(other, RUN) == [
+        ("seed", 3, 0),
+        ("model.path", "m2", "m"),
+        ("data.max_tokens", 64, 4096),
+    ]
+    with pytest.raises(UserError, match=r'seed was 3, now 0, model\.path was "m2", now "m", data'):
+        decide(found(other), RUN, PATH, 8)
+
+
+def test_another_number_of_processes_is_refused():
+    with pytest.raises(UserError, match="saved by 4 processes, this run has 8; resume with 4"):
+        decide(found(world_size=4), RUN, PATH, 8)
+
+
+def test_another_versions_record_is_refused():
+    with pytest.raises(UserError, match="another version"):
+        decide(Found({"config": {"name": "r", "gone": 1}}, True), RUN, PATH, 8)
+
+
+def test_changed_rows_are_refused(project, cli):
+    assert cli("train", "run.yaml", "--dry-run").code == 0
+    (project / "runs" / "small" / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert cli("train", "run.yaml", "--dry-run").code == 0
+    rows = project / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("What is", "What's"))
+    before = (project / "runs" / "small" / "run.json").read_bytes()
+    result = cli("train", "run.yaml", "--dry-run")
+    assert result.code == 2
+    assert "data.train has changed since" in result.err
+    assert (project / "runs" / "small" / "run.json").read_bytes() == before
+
+
+def test_a_resume_keeps_its_birth_and_its_wandb_id(project, cli):
+    tracking = {"wandb": {"project": "p", "mode": "offline"}}
+    write_run(project, tracking=tracking)
+    record_file = project / "runs" / "small" / "run.json"
+    assert cli("train", "run.yaml", "--dry-run").code == 0
+    first = json.loads(record_file.read_text())
+    assert len(first["wandb_id"]) == 8
+    (project / "runs" / "small" / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert cli("train", "run.yaml", "checkpoint.keep=7", "--dry-run").code == 0
+    second = json.loads(record_file.read_text())
+    assert (second["wandb_id"], second["created"]) == (first["wandb_id"], first["created"])
+    assert second["config"]["checkpoint"]["keep"] == 7
+    assert second["sources"]["checkpoint.keep"] == "command line"
+
+
+def test_a_finished_run_says_so(project, cli):
+    assert cli("train", "run.yaml", "--dry-run").code == 0
+    run_dir = project / "runs" / "small"
+    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    outcome = {"attempt": 1, "exit_code": 0, "step": 10**6, "message": "finished"}
+    (run_dir / "outcome.json").write_text(json.dumps(outcome))
+    result = cli("train", "run.yaml")
+    assert result.code == 0
+    assert "runs/small is finished.\nNext: qwen-dist export runs/small" in result.out

@@ -1,0 +1,102 @@
+"""Which processes run, and the command that starts them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from launch.hosts import processes_per_node, trainer_argv, trainer_environment, visible_gpus, world_size_of
+from qwen_dist.config import Cluster, Data, Model, Run, Source
+from qwen_dist.errors import EnvironmentNotReady, UserError
+
+
+def run_on(**cluster) -> Run:
+    return Run(name="r", model=Model(path="m"), data=Data(train=(Source(path="x"),)), cluster=Cluster(**cluster))
+
+
+@pytest.fixture
+def three_gpus(tmp_path, monkeypatch):
+    """An nvidia-smi that lists three GPUs, as the real one writes them, MIG slices below one."""
+    lines = [f"GPU {n}: NVIDIA H100 80GB HBM3 (UUID: GPU-{n}{n})" for n in range(3)]
+    lines.insert(1, "  MIG 1g.10gb     Device  0: (UUID: MIG-aa)")
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(lines) + "\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "expected"),
+    [(None, ["0", "1", "2"]), ("", []), ("2,0", ["2", "0"]), ("1,-1,2", ["1"]), ("GPU-22", ["GPU-22"])],
+)
+def test_visible_gpus(three_gpus, allowed, expected):
+    assert visible_gpus({} if allowed is None else {"CUDA_VISIBLE_DEVICES": allowed}) == expected
+
+
+def test_no_driver_means_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) == []
+
+
+@pytest.mark.parametrize(
+    ("cluster", "num_gpus", "expected"),
+    [
+        ({"device": "cpu"}, 8, 1),
+        ({"device": "cpu", "gpus_per_node": 3}, 0, 3),
+        ({}, 8, 8),
+        ({"gpus_per_node": 2}, 8, 2),
+        ({"kind": "slurm", "gpus_per_node": 8, "nodes": 2}, 0, 8),
+    ],
+)
+def test_processes_per_node(cluster, num_gpus, expected):
+    assert processes_per_node(run_on(**cluster), num_gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("cluster", "num_gpus", "error", "message"),
+    [
+        ({}, 0, EnvironmentNotReady, "No GPU was found; to run on CPU set cluster.device=cpu"),
+        ({"gpus_per_node": 8}, 2, EnvironmentNotReady, "this machine shows 2; set it to 2 or to auto"),
+        ({"kind": "slurm"}, 8, UserError, "set cluster.gpus_per_node"),
+    ],
+)
+def test_gpus_that_are_not_there(cluster, num_gpus, error, message):
+    with pytest.raises(error, match=message):
+        processes_per_node(run_on(**cluster), num_gpus)
+
+
+def test_nodes_count_on_slurm_only():
+    assert world_size_of(run_on(kind="slurm", nodes=3), 8) == 24
+    assert world_size_of(run_on(nodes=3), 8) == 8
+
+
+def test_one_process_is_started_plainly():
+    assert trainer_argv(Path("/r/a b"), "py") == ["py", "-m", "qwen_dist.train", "/r/a b"]
+
+
+def test_several_are_started_by_deepspeed():
+    argv = trainer_argv(Path("/r"), "py", 2, 1234)
+    assert (
+        argv
+        == (
+            "py -m deepspeed.launcher.runner --quiet --no_local_rank --num_gpus 2 "
+            "--master_port 1234 --module qwen_dist.train /r"
+        ).split()
+    )
+
+
+def test_gpus_are_named_to_deepspeed():
+    """It would take the first two whatever CUDA_VISIBLE_DEVICES says."""
+    argv = trainer_argv(Path("/r"), "py", 2, 1234, ["2", "3"])
+    assert argv[argv.index("--include") + 1] == "localhost:2,3"
+    assert "--num_gpus" not in argv
+    with pytest.raises(EnvironmentNotReady, match="by index, not by a name like GPU-22"):
+        trainer_argv(Path("/r"), "py", 2, 1234, ["GPU-22", "GPU-11"])
+
+
+def test_cpu_processes_share_the_cores():
+    assert trainer_environment(run_on(device="cpu"), 2, 8) == {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "4"}
+    assert trainer_environment(run_on(device="cpu"), 4, 2)["OMP_NUM_THREADS"] == "1"
+    assert trainer_environment(run_on(), 2, 8) == {}
