@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +167,14 @@ def load_tokenizer(path: str, revision: str | None = None) -> ChatTokenizer:
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return ChatTokenizer(folder)
+        return _load(folder, _stamp(folder))
     if folder.is_absolute() or not HUB_ID.fullmatch(path):
         raise UserError(f"{path}: no such folder; set model.tokenizer to a folder with tokenizer.json, or to a hub id.")
     from huggingface_hub import snapshot_download
 
     try:
-        return ChatTokenizer(Path(snapshot_download(path, revision=revision, allow_patterns=list(TOKENIZER_FILES))))
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+        return _load(folder, _stamp(folder))
     except UserError:
         raise
     except Exception as error:
@@ -192,6 +193,19 @@ def join_pieces(pieces: Iterable[Piece], ids_of: dict[str, list[int]]) -> list[i
         else:
             ids += ids_of[piece]
     return ids
+
+
+@lru_cache(maxsize=2)
+def _load(folder: Path, stamp: tuple[int, ...]) -> ChatTokenizer:
+    """Half a second for a Qwen tokenizer, so once a process and version of the files."""
+    return ChatTokenizer(folder)
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    files = [folder / name for name in TOKENIZER_FILES]
+    return tuple(
+        number for file in files if file.is_file() for number in (file.stat().st_size, file.stat().st_mtime_ns)
+    )
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str:
