@@ -19,11 +19,12 @@ def count(sources: Sequence[Source], formats: Sequence[str], results: Sequence[P
     """JSON-able counts: sums over all sources, and the same of each in `sources`.
 
     `dropped` counts by reason: rows without an assistant turn, samples that are too long; `dropped_at` has the first
-    few places, as file:line.
+    few places, as file:line. `rows_dropped` counts by reason the rows of which nothing is left:
+    rows == rows_trained + sum(rows_dropped).
     """
     each = [_count_source(source, formats[at], _of(results, at)) for at, source in enumerate(sources)]
     total: dict[str, Any] = {key: sum(one[key] for one in each) for key in SUMS}
-    for key in ("dropped", "modes"):
+    for key in ("dropped", "rows_dropped", "modes"):
         total[key] = dict(sum((Counter(one[key]) for one in each), Counter()))
     return {**total, "sources": each}
 
@@ -81,6 +82,7 @@ def _count_source(source: Source, row_format: str, results: Sequence[PartResult]
         "tokens": sum(result.num_tokens for result in results),
         "supervised_tokens": sum(result.num_supervised for result in results),
         "dropped": dict(sum((result.dropped for result in results), Counter())),
+        "rows_dropped": dict(sum((result.rows_dropped for result in results), Counter())),
         "dropped_at": {reason: places[:NUM_PLACES] for reason, places in dropped_at.items()},
         "modes": dict(sum((result.modes for result in results), Counter())),
     }

@@ -107,7 +107,7 @@ def read_assistant(content: Any, reasoning: str, tool_calls: tuple[dict[str, Any
 
 def read_tools(value: Any) -> tuple[dict[str, Any], ...] | None:
     """Row-level tools: a list of objects, or a JSON string of one; None or empty: no tools."""
-    tools = _from_json(value, "tools") if isinstance(value, str) and value.strip() else value
+    tools = _from_json(value, "tools is") if isinstance(value, str) and value.strip() else value
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -119,7 +119,7 @@ def read_tool_calls(value: Any) -> tuple[dict[str, Any], ...]:
     """Tool calls as [{"name", "arguments"}], from OpenAI's nested form, the flat one, or a JSON string of it."""
     if value is None or value == []:
         return ()
-    calls = _from_json(value, "a tool call") if isinstance(value, str) else value
+    calls = _from_json(value, "has a tool call that is") if isinstance(value, str) else value
     calls = calls if isinstance(calls, list) else [calls]
     found = []
     for call in calls:
@@ -127,7 +127,7 @@ def read_tool_calls(value: Any) -> tuple[dict[str, Any], ...]:
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise BadRow('has a tool call without "name"')
         arguments = inner.get("arguments", {})
-        parsed = _from_json(arguments, "arguments") if isinstance(arguments, str) else arguments
+        parsed = _from_json(arguments, "has tool call arguments that are") if isinstance(arguments, str) else arguments
         if not isinstance(parsed, dict):
             raise BadRow(f"has tool call arguments that are {kind_of(parsed)}, not an object")
         found.append({"name": inner["name"], "arguments": arguments})
@@ -192,4 +192,4 @@ def _from_json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"has {what} that is not JSON ({error})") from None
+        raise BadRow(f"{what} not JSON ({error})") from None

@@ -46,7 +46,11 @@ class Part:
 
 @dataclass
 class PartResult:
-    """What came of a part; lines count from 1 and rows from 0 at the part's start."""
+    """What came of a part; lines count from 1 and rows from 0 at the part's start.
+
+    `dropped` counts rows without an assistant turn and samples that are too long, `rows_dropped` the rows of which
+    nothing is left: each row is in num_rows_trained, in rows_dropped, or in num_bad.
+    """
 
     source: int
     num_lines: int = 0
@@ -57,6 +61,7 @@ class PartResult:
     num_supervised: int = 0
     modes: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    rows_dropped: Counter[str] = field(default_factory=Counter)
     dropped_at: dict[str, list[int]] = field(default_factory=dict)
     num_bad: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
@@ -128,6 +133,7 @@ def _rows(part: Part, tokenizer: ChatTokenizer, result: PartResult) -> Iterator[
             yield _Row(line, index, turns)
         else:
             result.drop(NO_ASSISTANT_TURN, line)
+            result.rows_dropped[NO_ASSISTANT_TURN] += 1
 
 
 def _fitting(row: _Row, samples: list[Sample], max_tokens: int, result: PartResult) -> list[Sample]:
@@ -142,6 +148,7 @@ def _fitting(row: _Row, samples: list[Sample], max_tokens: int, result: PartResu
         shortest = result.shortest_dropped
         result.shortest_dropped = num_tokens if shortest is None else min(shortest, num_tokens)
     result.num_rows_trained += bool(fitting)
+    result.rows_dropped[TOO_LONG] += not fitting
     return fitting
 
 
