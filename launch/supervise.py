@@ -70,8 +70,9 @@ def supervise(
     runner = subprocess.Popen(list(argv), env=dict(environ), start_new_session=True, stdin=subprocess.DEVNULL)
     with _signals_passed_on(bystanders) as interrupts:
         while runner.poll() is None:
+            _reap(runner.pid)
             time.sleep(POLL_S)
-        _end_orphans(bystanders, orphan_grace_s)
+        _end_orphans(bystanders, orphan_grace_s, runner.pid)
     silence = "killed by the second Ctrl-C" if len(interrupts) > 1 else "the trainer ended without a word"
     return read_outcome(run_dir) or Outcome(EXIT_RUN_FAILED, 0, f"{silence}; its last lines are in {run_dir.logs}")
 
@@ -128,25 +129,30 @@ def _signals_passed_on(bystanders: set[int]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _end_orphans(bystanders: set[int], grace_s: float) -> None:
+def _end_orphans(bystanders: set[int], grace_s: float, runner_pid: int) -> None:
     """Ask ranks that outlived the runner to save and stop, then kill what is left."""
     _send(rank_processes(bystanders), signal.SIGTERM)
     deadline = time.monotonic() + grace_s
     while rank_processes(bystanders) and time.monotonic() < deadline:
-        _reap()
+        _reap(runner_pid)
         time.sleep(POLL_S)
     while left := _descendants(bystanders):
         _kill(left)
         psutil.wait_procs(left, timeout=POLL_S)
 
 
-def _reap() -> None:
-    """Collect adopted children that have ended: a zombie still counts as a process."""
+def _reap(runner_pid: int) -> None:
+    """Collect adopted children that have ended, but not the runner, whose status Popen wants.
+
+    A zombie still counts as a process: DeepSpeed's launcher would wait half a minute for its ranks' workers.
+    """
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid == runner_pid:
+                return
+            os.waitpid(ended.si_pid, 0)
     except ChildProcessError:
-        pass
+        return
 
 
 def _send(processes: list[psutil.Process], number: int) -> None:
