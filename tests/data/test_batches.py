@@ -1,0 +1,36 @@
+"""A pack as tensors: samples end to end, each with its own positions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from qwen_dist.data.batches import build_micro_batch
+
+
+class TwoSamples:
+    """Samples 0 and 1: lengths 3 and 2."""
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = [[10, 11, 12], [20, 21]][index]
+        labels = [[-100, 11, 12], [-100, 21]][index]
+        return np.array(ids, np.int32), np.array(labels, np.int32)
+
+
+def test_samples_lie_end_to_end() -> None:
+    batch = build_micro_batch(TwoSamples(), np.array([1, 0]), pad_id=99)
+    assert batch.input_ids_1T.tolist() == [[20, 21, 10, 11, 12]]
+    assert batch.labels_1T.tolist() == [[-100, 21, -100, 11, 12]]
+    assert batch.position_ids_1T.tolist() == [[0, 1, 0, 1, 2]]
+    assert batch.cu_seq_lens.tolist() == [0, 2, 5]
+    assert (batch.max_length, batch.num_tokens, batch.num_supervised) == (3, 5, 3)
+    assert batch.cu_seq_lens.dtype == torch.int32
+    assert batch.input_ids_1T.dtype == batch.labels_1T.dtype == batch.position_ids_1T.dtype == torch.int64
+    assert type(batch.max_length) is int
+
+
+def test_an_empty_pack_is_one_untrained_pad_token() -> None:
+    batch = build_micro_batch(TwoSamples(), np.zeros(0, np.int64), pad_id=99)
+    assert (batch.input_ids_1T.tolist(), batch.labels_1T.tolist()) == ([[99]], [[-100]])
+    assert (batch.cu_seq_lens.tolist(), batch.max_length) == ([0, 1], 1)
+    assert (batch.num_tokens, batch.num_supervised) == (0, 0)
