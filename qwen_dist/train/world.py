@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import socket
 from dataclasses import dataclass
@@ -12,8 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from qwen_dist.log import get_logger
 
 # Slurm's names for what torch.distributed reads; srun sets them on every task.
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -81,11 +77,12 @@ def start_world(device: str) -> World:
     torch_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(torch_device)
-    with contextlib.redirect_stdout(io.StringIO()) as chatter:  # DeepSpeed tells each op that it builds
-        import deepspeed  # after DS_ACCELERATOR is set: it is read at import
+    import deepspeed  # after DS_ACCELERATOR is set: it is read at import
 
-        deepspeed.init_distributed("nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
-    get_logger().debug("%s", chatter.getvalue().strip())
+    if not use_cuda:
+        # DeepSpeed (0.19.8) would compile a shared-memory op for a minute; only its inference all-reduce uses it.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
     return World(rank, world_size, local_rank, torch_device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from qwen_dist.report.metrics import read_metrics
 
 REPO = Path(__file__).resolve().parents[2]
 DEMO = REPO / "examples" / "demo"
-CLI = [sys.executable, "-m", "launch.cli"]
+CLI = str(Path(sys.executable).parent / "qwen-dist")
 SMALL_QWEN3 = {
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 8192, "hidden_size": 64,
     "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -51,7 +52,7 @@ def start(*arguments: str) -> subprocess.Popen:
     """`qwen-dist ARGUMENTS` in the background, its output kept."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("QWEN_DIST_")}
     return subprocess.Popen(
-        [*CLI, *arguments], cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [CLI, *arguments], cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -79,7 +80,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout_s
 def rank_processes(process: subprocess.Popen) -> list[psutil.Process]:
     """The trainer's processes under a `qwen-dist train`, by rank."""
     children = psutil.Process(process.pid).children(recursive=True)
-    ranks = [child for child in children if "-m" in child.cmdline() and "qwen_dist.train" in child.cmdline()]
+    ranks = [child for child in children if ("-m", "qwen_dist.train") in itertools.pairwise(child.cmdline())]
     return sorted(ranks, key=lambda rank: int(rank.environ()["RANK"]))
 
 

@@ -60,7 +60,7 @@ def test_term_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     qwen_dist("train", str(stopped_file))
 
     assert_same_run(tmp_path / "runs" / "steady", stopped)
-    assert "already" in qwen_dist("train", str(stopped_file)), "a finished run is not trained again"
+    assert "is finished" in qwen_dist("train", str(stopped_file)), "a finished run is not trained again"
 
 
 def assert_same_run(steady: Path, other: Path) -> None:
