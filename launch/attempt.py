@@ -49,7 +49,7 @@ def look(run_dir: RunDir) -> Found:
     if not run_dir.path.is_dir():
         return Found(is_foreign=True)
     if not run_dir.run_json.exists():
-        return Found(is_foreign=any(run_dir.path.iterdir()))
+        return Found(is_foreign=any(not path.name.startswith(".") for path in run_dir.path.iterdir()))
     try:
         record: dict[str, Any] = json.loads(run_dir.run_json.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
