@@ -11,6 +11,7 @@ import pytest
 
 from qwen_dist.config import Run
 from qwen_dist.data import prepare as prepare_module
+from qwen_dist.data.part import NO_ASSISTANT_TURN
 from qwen_dist.data.prepare import data_fingerprint, open_prepared, prepare
 from qwen_dist.errors import EnvironmentNotReady, UserError
 from tests.conftest import REPO
@@ -41,17 +42,22 @@ def test_second_time_is_free(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         open_prepared(run.output_dir, "nothing")
 
 
-def test_lines_count_through_all_parts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and error lines are those of the file, wherever the parts are cut."""
+def test_lines_count_through_all_parts(
+    qwen3_folder: Path, make_run: Any, write_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, dropped ones and errors have their place in the file, wherever the parts are cut."""
+    no_answer = {"messages": ROWS[0]["messages"][:1]}
+    run = make_run(qwen3_folder, write_rows(["", *ROWS, "", no_answer]))
     monkeypatch.setattr(prepare_module, "PART_BYTES", 300)
     done: list[tuple[int, int]] = []
     prepared = prepare(run, "train", workers=1, progress=lambda *bytes_done: done.append(bytes_done))
     size = Path(run.data.train[0].path).stat().st_size
     assert len(done) > 10 and done[-1] == (size, size)
     assert [prepared.origin(at)["row"] for at in range(40)] == list(range(40))
+    assert prepared.counts["sources"][0]["dropped_at"] == {NO_ASSISTANT_TURN: [f"{run.data.train[0].path}:43"]}
     with open(run.data.train[0].path, "a", encoding="utf-8") as file:
         file.write("{\n")
-    with pytest.raises(UserError, match=r"rows\.jsonl:41: not JSON"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:44: not JSON"):
         prepare(run, "train", workers=1)
 
 
@@ -107,6 +113,19 @@ def test_a_place_that_cannot_be_written_is_told(run: Run, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentNotReady, match="cannot be written"):
         prepare(run.model_copy(update={"output_dir": str(tmp_path / "file" / "runs")}), "train")
+
+
+def test_another_starter_that_ends_first_wins(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = prepare_module._fill
+
+    def fill_late(*arguments: Any) -> None:
+        fill(*arguments)
+        monkeypatch.setattr(prepare_module, "_fill", fill)
+        prepare(run, "train")
+
+    monkeypatch.setattr(prepare_module, "_fill", fill_late)
+    assert prepare(run, "train").num_samples == 40
+    assert folders(run) == [data_fingerprint(run, "train")]
 
 
 def test_starters_at_the_same_time_do_not_collide(run: Run) -> None:

@@ -235,6 +235,34 @@ def test_qwen25_by_hand(qwen25_folder: Path, make_run: Any, write_rows: Any) -> 
     assert labels == [token if at in QWEN25_TRAINED else NOT_TRAINED for at, token in enumerate(ids)]
 
 
+def test_a_sample_has_one_mode(qwen3_folder: Path, make_run: Any, write_rows: Any) -> None:
+    """Within a tool loop the history keeps the thinking, so only the mode parts these two turns."""
+    call = {"name": "f", "arguments": {}}
+    messages = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [call]},
+        {"role": "tool", "content": "R"},
+        {"role": "assistant", "content": "A"},
+    ]
+    prepared = prepare(make_run(qwen3_folder, write_rows([{"messages": messages}])), "train")
+    found = [(prepared.origin(at)["mode"], prepared.origin(at)["message"]) for at in range(prepared.num_samples)]
+    assert found == [("think", 1), ("no_think", 3)]
+
+
+def test_string_arguments_become_the_object_where_the_template_would_quote_them(
+    qwen25_folder: Path, make_run: Any, write_rows: Any, served_by: Any
+) -> None:
+    def row(arguments: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        asked = {"role": "user", "content": "Q"}
+        return {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+    prepared = prepare(make_run(qwen25_folder, write_rows([row('{"b":1,"a":[2.50]}')])), "train")
+    tokenizer = served_by(qwen25_folder)
+    served = tokenizer.apply_chat_template(row({"b": 1, "a": [2.5]})["messages"], tokenize=False).rstrip("\n")
+    assert tokenizer.decode(prepared.sample(0)[0]) == served
+
+
 def test_special_tokens_in_user_text_stay_text(
     qwen3_folder: Path, make_run: Any, write_rows: Any, served_by: Any
 ) -> None:
