@@ -17,6 +17,12 @@ THINK_TOKENS = ("<think>", "</think>")
 TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}
+{% if message.role == "assistant" and loop.last -%}
+<think>
+{{ message.reasoning_content | default("") }}
+</think>
+
+{% endif -%}
 {{ message.content }}<|im_end|>
 {% endfor -%}
 {%- if add_generation_prompt -%}

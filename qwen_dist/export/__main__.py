@@ -1,0 +1,62 @@
+"""`python -m qwen_dist.export RUN_DIR [--step K] [--adapter-only] [--out DIR]`: on the CPU, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from qwen_dist.errors import EXIT_DONE, EXIT_RUN_FAILED, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export, say what was made and verified, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m qwen_dist.export", description=main.__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--step", type=int)
+    parser.add_argument("--adapter-only", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    from qwen_dist.export.export import export
+    from qwen_dist.log import start_logging
+
+    start_logging(rank=0)
+    logging.disable_progress_bar()
+    try:
+        folder, record = export(args.run_dir, args.step, args.adapter_only, args.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except (OSError, SafetensorError) as error:
+        print(f"error: The export could not be written: {error}; an older export is as it was.", file=sys.stderr)
+        return EXIT_RUN_FAILED
+    print(summary(args.run_dir, folder, record, args.adapter_only))
+    return EXIT_DONE
+
+
+def summary(run_dir: Path, folder: Path, record: dict[str, Any], adapter_only: bool) -> str:
+    """What was exported, what was verified, and what to do next."""
+    from qwen_dist.export.hf_folder import size_bytes
+
+    found = record["verified"]
+    lines = [
+        f"exported step {record['step']} of {record['run']} to {folder} ({size_bytes(folder) / 1e9:.3g} GB)",
+        f"verified after a reload: {found['tensors_bit_for_bit']} tensors equal bit for bit; logits of "
+        f"{found['sample']} within {found['logits_relative_error']:.2g} of {found['compared_with']} "
+        f"(allowed {found['logits_tolerance']:g}); the tokenizer gives the training ids",
+    ]
+    if adapter_only:
+        return "\n".join([*lines, f"next: peft.PeftModel.from_pretrained(base_model, {str(folder)!r})"])
+    chat_path = run_dir if folder == run_dir / "export" else folder
+    return "\n".join([*lines, f"next: qwen-dist chat {chat_path}", f"  or: vllm serve {folder}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
