@@ -10,7 +10,8 @@ export SLURM_CONF=$conf
 
 answers() { [ -f "$conf" ] && [ "$(sinfo --noheader --states=idle,mixed,allocated --format=%D 2>/dev/null)" = 2 ]; }
 
-runs() { [ -f "$state/$1.pid" ] && kill -0 "$(cat "$state/$1.pid")" 2>/dev/null; }
+# Whether the daemon of that pid file lives; its name is checked, since a number outlives its process.
+runs() { [ -f "$state/$1.pid" ] && [ "$(cat "/proc/$(cat "$state/$1.pid")/comm" 2>/dev/null)" = "${1%-n?}" ]; }
 
 write_conf() {
   mkdir -p "$state"/{ctld,spool/n1,spool/n2,log}
