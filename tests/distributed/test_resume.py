@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from tests.distributed.runs import (
-    engine_tensors, finish, qwen_dist, rank_processes, start, step_metrics, wait_for_step, write_run_file,
+    engine_tensors,
+    finish,
+    qwen_dist,
+    rank_processes,
+    start,
+    step_metrics,
+    wait_for_step,
+    write_run_file,
 )  # fmt: skip
 
 STEPS = 10

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 
 from tests.distributed.runs import (
-    SMALL_QWEN3, finish, qwen_dist, rank_processes, start, step_metrics, wait_for_step, write_run_file,
+    SMALL_QWEN3,
+    finish,
+    qwen_dist,
+    rank_processes,
+    start,
+    step_metrics,
+    wait_for_step,
+    write_run_file,
 )  # fmt: skip
 
 NUM_ROWS = 60
@@ -20,7 +27,11 @@ def test_train_kill_resume_export_reload(
     for name in ("gsm8k_train.jsonl", "fastchat_dummy_conversation.jsonl"):
         rows = shared_data(name).read_text(encoding="utf-8").splitlines(keepends=True)[:NUM_ROWS]
         (tmp_path / name).write_text("".join(rows), encoding="utf-8")
-    gsm8k = {"path": "gsm8k_train.jsonl", "format": "alpaca", "columns": {"instruction": "question", "output": "answer"}}
+    gsm8k = {
+        "path": "gsm8k_train.jsonl",
+        "format": "alpaca",
+        "columns": {"instruction": "question", "output": "answer"},
+    }
     run_file = write_run_file(
         tmp_path,
         "real",
