@@ -17,7 +17,7 @@ from tests.distributed.runs import (
     step_metrics,
     wait_for_step,
     write_run_file,
-)  # fmt: skip
+)
 
 STEPS = 10
 # With dropout the random state has to come back too, not the weights alone.

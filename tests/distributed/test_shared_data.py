@@ -16,7 +16,7 @@ from tests.distributed.runs import (
     step_metrics,
     wait_for_step,
     write_run_file,
-)  # fmt: skip
+)
 
 NUM_ROWS = 60
 
