@@ -74,7 +74,7 @@ def show_table(inspection: Inspection, to_stderr: bool = False) -> None:
     table.add_column("source", overflow="fold")
     for name in ("rows", "samples", "dropped", "tokens", "trained", "share"):
         table.add_column(name, justify="right", no_wrap=True)
-    notes = []
+    notes: list[str] = []
     for split, counts in (("train", inspection.train), ("eval", inspection.held_out)):
         for one in counts["sources"] if counts else ():
             name = os.path.basename(one["path"])
@@ -91,11 +91,8 @@ def show_table(inspection: Inspection, to_stderr: bool = False) -> None:
     for line in notes:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     modes = ", ".join(f"{number:,} {mode}" for mode, number in sorted(inspection.train["modes"].items()))
-    console.print(
-        f"\nmodes: {modes}\npacking: {inspection.num_packs:,} packs of {inspection.max_tokens:,} tokens, {inspection.fill:.1%} full, "
-        f"{inspection.steps_per_epoch:,} steps an epoch",
-        highlight=False,
-    )
+    packs = f"{inspection.num_packs:,} packs of {inspection.max_tokens:,} tokens, {inspection.fill:.1%} full"
+    console.print(f"\nmodes: {modes}\npacking: {packs}, {inspection.steps_per_epoch:,} steps an epoch", highlight=False)
 
 
 def show_sample(run: Run, prepared: Prepared, index: int) -> None:

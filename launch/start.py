@@ -20,6 +20,7 @@ from launch.hosts import (
     world_size_of,
 )
 from launch.planner import Plan, make_plan
+from launch.prepare_data import prepare_shown
 from launch.record import make_record
 from launch.run_file import Loaded
 from launch.sbatch import sbatch_text
@@ -31,8 +32,6 @@ from qwen_dist.errors import EXIT_DONE, EnvironmentNotReady, UserError
 from qwen_dist.run_dir import RunDir, prepared_dir, write_atomically, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qwen_dist.data.prepared import Prepared
 
 
@@ -80,12 +79,11 @@ class Start:
             ) from None
 
 
-def make_start(loaded: Loaded, progress: Callable[[int, int], None] | None = None) -> Start:
+def make_start(loaded: Loaded) -> Start:
     """Decide everything about a run's start. Writes nothing but the prepared data, and that only if all is well.
 
     Args:
         loaded: the checked run file.
-        progress: called with (bytes done, bytes in all) while data is tokenized.
 
     Raises:
         UserError: the run cannot be started; says why.
@@ -106,7 +104,7 @@ def make_start(loaded: Loaded, progress: Callable[[int, int], None] | None = Non
         argv = trainer_argv(run_dir.path, sys.executable, per_node, free_port(), gpus[:per_node])
         variables = trainer_environment(run, per_node)
 
-    train, held_out = _prepare(run, progress)
+    train, held_out = _prepare(run)
     fingerprints = {"train": train.fingerprint, "eval": held_out.fingerprint if held_out else None}
     before = found.record if kind == "resume" else None
     if before is not None:
@@ -118,16 +116,16 @@ def make_start(loaded: Loaded, progress: Callable[[int, int], None] | None = Non
     return Start(run_dir, "done" if is_done else kind, plan, files, argv, variables)
 
 
-def _prepare(run: Run, progress: Callable[[int, int], None] | None) -> tuple[Prepared, Prepared | None]:
+def _prepare(run: Run) -> tuple[Prepared, Prepared | None]:
     """Tokenize training and held-out data, both or neither."""
-    from qwen_dist.data.prepare import data_fingerprint, prepare
+    from qwen_dist.data.prepare import data_fingerprint
 
     if not run.data.eval:
-        return prepare(run, "train", progress=progress), None
+        return prepare_shown(run, "train"), None
     is_there = (prepared_dir(run.output_dir, data_fingerprint(run, "eval")) / "meta.json").is_file()
-    held_out = prepare(run, "eval", progress=progress)
+    held_out = prepare_shown(run, "eval")
     try:
-        return prepare(run, "train", progress=progress), held_out
+        return prepare_shown(run, "train"), held_out
     except UserError:
         if not is_there:
             _forget(held_out)

@@ -10,7 +10,7 @@ import click
 EPILOG = """\b
 Example:
   qwen-dist inspect run.yaml
-  qwen-dist inspect run.yaml data.max_tokens=2048 --tokens tokens.jsonl
+  qwen-dist inspect run.yaml --tokens tokens.jsonl
 """
 
 

@@ -34,7 +34,6 @@ Exit codes: 0 done, 1 failed, 2 wrong run file,
 def command(run_file: Path, overrides: tuple[str, ...], dry_run: bool) -> int:
     """Train here: on one GPU, on all GPUs of this machine, or on CPU. Resumes a run that is already there."""
     from launch.lock import exclusive
-    from launch.progress import tokenizing_shown
     from launch.run_file import load_run
     from launch.show import plan_text, short_path
     from launch.start import make_start
@@ -46,8 +45,7 @@ def command(run_file: Path, overrides: tuple[str, ...], dry_run: bool) -> int:
         raise UserError(
             "a Slurm run is not started from here; write its script with --dry-run, and submit that with sbatch."
         )
-    with tokenizing_shown() as progress:
-        start = make_start(loaded, progress)
+    start = make_start(loaded)
     folder = short_path(str(start.run_dir.path))
     click.echo(plan_text(start.plan))
     if start.kind == "done":
