@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qwen_dist.data.part import Part, PartResult
     from qwen_dist.data.prepared import Prepared
 
-ESTIMATE_S = 0.6  # seconds for an estimate; loading Qwen3's tokenizer takes 0.4 of them
+ESTIMATE_S = 0.5  # seconds for an estimate; loading Qwen3's tokenizer takes 0.4 of them
 MIN_PARTS = 4
 ESTIMATE_PART_BYTES = 32 << 10
 # A fingerprint reads every byte of the data, about 1 GB/s; beyond this `plan` estimates even what is prepared.

@@ -91,8 +91,9 @@ def show_table(inspection: Inspection, to_stderr: bool = False) -> None:
     for line in notes:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     modes = ", ".join(f"{number:,} {mode}" for mode, number in sorted(inspection.train["modes"].items()))
+    console.print(f"\nmodes: {modes}", highlight=False)
     packs = f"{inspection.num_packs:,} packs of {inspection.max_tokens:,} tokens, {inspection.fill:.1%} full"
-    console.print(f"\nmodes: {modes}\npacking: {packs}, {inspection.steps_per_epoch:,} steps an epoch", highlight=False)
+    console.print(f"packing: {packs}, {inspection.steps_per_epoch:,} steps an epoch", highlight=False)
 
 
 def show_sample(run: Run, prepared: Prepared, index: int) -> None:
