@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -179,8 +181,18 @@ _worker_tokenizer: ChatTokenizer
 
 def _start_worker(folder: Path) -> None:
     global _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use every core
     _worker_tokenizer = ChatTokenizer(folder)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next part for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(part: Part) -> PartResult:
@@ -197,8 +209,8 @@ def _incomplete(target: Path) -> Iterator[Path]:
         yield folder
     except OSError as error:
         raise EnvironmentNotReady(
-            f"the tokenized data cannot be written to {target.parent} ({error.strerror}); free space there or set "
-            "output_dir to another place."
+            f"the tokenized data cannot be written to {target.parent} ({error.strerror or error}); free space there "
+            "or set output_dir to another place."
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,11 +1,10 @@
 """Tokenized data on disk: written once, memory-mapped ever after.
 
 Folder (`<output_dir>/.prepared/<fingerprint>/`), all samples in the order of the files:
-    ids.npy          int32 [N]    token ids
-    trained.npy      bool  [N]    whether the token is supervised
-    offsets.npy      int64 [S+1]  where each sample begins in them
-    supervised.npy   int32 [S]    supervised tokens of each sample
-    source.npy int16, row.npy int64, message.npy int32, mode.npy int8   [S]  where each sample came from
+    ids.npy, trained.npy     [N]    token ids, and whether each is supervised
+    offsets.npy              [S+1]  where each sample begins in them
+    supervised.npy           [S]    supervised tokens of each sample
+    source, row, message, mode.npy [S]  where each sample came from
     meta.json        fingerprint, counts, and what the fingerprint was made of
 Shapes: N tokens of all samples, S samples, T tokens of one sample.
 """
@@ -13,10 +12,12 @@ Shapes: N tokens of all samples, S samples, T tokens of one sample.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -25,6 +26,19 @@ from qwen_dist.data.part import PartResult
 from qwen_dist.data.spans import MODES
 from qwen_dist.errors import UserError
 
+DTYPES = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "ids": "int32",
+        "trained": "bool",
+        "offsets": "int64",
+        "supervised": "int32",
+        "source": "int32",
+        "row": "int64",
+        "message": "int32",
+        "mode": "int8",
+    }.items()
+}
 NOT_TRAINED = -100  # the label that torch's cross entropy ignores by default
 
 
@@ -91,36 +105,39 @@ def open_prepared(output_dir: str, fingerprint: str) -> Prepared:
 
 
 def write_arrays(folder: Path, results: Sequence[PartResult], parts: Sequence[Path]) -> None:
-    """Join the arrays of all parts, in order, into those of the whole; each part file is removed once joined."""
+    """Join the arrays of all parts, in order, into those of the whole; each part file is removed once joined.
+
+    Written as plain files, not through a memory map: on a full disk a map kills the process, a file raises OSError.
+    """
     num_tokens, num_samples = sum(r.num_tokens for r in results), sum(r.num_samples for r in results)
-    whole = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-        for name, dtype, shape in [
-            ("ids", np.int32, (num_tokens,)),
-            ("trained", np.bool_, (num_tokens,)),
-            ("offsets", np.int64, (num_samples + 1,)),
-            ("supervised", np.int32, (num_samples,)),
-            ("source", np.int16, (num_samples,)),
-            ("row", np.int64, (num_samples,)),
-            ("message", np.int32, (num_samples,)),
-            ("mode", np.int8, (num_samples,)),
-        ]
-    }
-    token, sample, source, first_row = 0, 0, -1, 0
-    for result, path in zip(results, parts, strict=True):
-        if result.source != source:
-            source, first_row = result.source, 0
-        tokens = slice(token, token + result.num_tokens)
-        samples = slice(sample, sample + result.num_samples)
-        with np.load(path) as part:
-            for name in ("ids", "trained"):
-                whole[name][tokens] = part[name]
-            for name in ("supervised", "message", "mode"):
-                whole[name][samples] = part[name]
-            whole["row"][samples] = part["row"] + first_row
-            whole["source"][samples] = source
-            whole["offsets"][sample + 1 : samples.stop + 1] = token + np.cumsum(part["lengths"], dtype=np.int64)
-        token, sample, first_row = tokens.stop, samples.stop, first_row + result.num_rows
-        path.unlink()
-    for array in whole.values():
-        array.flush()
+    num_of = {"ids": num_tokens, "trained": num_tokens, "offsets": num_samples + 1}
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context(_array_file(folder / f"{name}.npy", dtype, num_of.get(name, num_samples)))
+            for name, dtype in DTYPES.items()
+        }
+        files["offsets"].write(np.zeros(1, np.int64).tobytes())
+        token, source, first_row = 0, -1, 0
+        for result, path in zip(results, parts, strict=True):
+            if result.source != source:
+                source, first_row = result.source, 0
+            with np.load(path) as part:
+                arrays = {name: part[name] for name in ("ids", "trained", "supervised", "message", "mode")}
+                arrays["row"] = part["row"] + first_row
+                arrays["source"] = np.full(result.num_samples, source)
+                arrays["offsets"] = token + np.cumsum(part["lengths"], dtype=np.int64)
+            for name, array in arrays.items():
+                files[name].write(array.astype(DTYPES[name]).tobytes())
+            token, first_row = token + result.num_tokens, first_row + result.num_rows
+            path.unlink()
+
+
+@contextmanager
+def _array_file(path: Path, dtype: np.dtype, length: int) -> Iterator[BinaryIO]:
+    """A .npy file of `length` elements, which the caller appends; on disk for good at the end."""
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +116,59 @@ def test_a_place_that_cannot_be_written_is_told(run: Run, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentNotReady, match="cannot be written"):
         prepare(run.model_copy(update={"output_dir": str(tmp_path / "file" / "runs")}), "train")
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(run: Run) -> None:
+    """A limit on the size of files stands in for the disk: writing fails in the same way, with another number."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2);"
+        "from qwen_dist.config import Run; from qwen_dist.data import prepare;"
+        "prepare.PART_BYTES = 500;"
+        "prepare.prepare(Run.model_validate_json(sys.argv[1]), 'train', workers=1)"
+    )
+    for limit, while_in in (("1000", "encode_part"), ("3000", "write_arrays")):
+        command = [sys.executable, "-c", code, run.model_dump_json(), limit]
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+        assert f"in {while_in}" in done.stderr
+        told = done.stderr.splitlines()[-1]
+        assert "EnvironmentNotReady: the tokenized data cannot be written to" in told
+        assert "File too large" in told, told
+        assert not Path(run.output_dir).exists()
+
+
+def test_workers_end_with_a_parent_that_is_killed(run: Run, tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from qwen_dist.config import Run; from qwen_dist.data import prepare;"
+        "prepare.PART_BYTES = 500;"
+        "prepare.prepare(Run.model_validate_json(sys.argv[1]), 'train', workers=2, progress=lambda *_: time.sleep(60))"
+    )
+    marked = run.model_copy(update={"output_dir": str(tmp_path / "marked-by-this-test")})
+    parent = subprocess.Popen([sys.executable, "-c", code, marked.model_dump_json()], cwd=REPO)
+    wait_until(lambda: len(children_of(parent.pid)) >= 2)
+    workers = children_of(parent.pid)
+    time.sleep(1.0)  # they have the parent's end in sight once they run
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(is_alive(worker) for worker in workers))
+
+
+def children_of(pid: int) -> list[int]:
+    """Python processes below `pid`, the resource tracker of multiprocessing among them."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s"
+        time.sleep(0.05)
 
 
 def test_another_starter_that_ends_first_wins(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
