@@ -26,7 +26,6 @@ from launch.run_file import Loaded
 from launch.sbatch import sbatch_text
 from launch.supervise import read_outcome
 from launch.zero import deepspeed_config
-from qwen_dist.batch_math import plan_batch
 from qwen_dist.config import Run
 from qwen_dist.errors import EXIT_DONE, EnvironmentNotReady, UserError
 from qwen_dist.run_dir import RunDir, prepared_dir, write_atomically, write_json
@@ -92,11 +91,10 @@ def make_start(loaded: Loaded) -> Start:
     gpus = [] if run.cluster.device == "cpu" or run.cluster.kind == "slurm" else visible_gpus()
     per_node = processes_per_node(run, len(gpus))
     world_size = world_size_of(run, per_node)
-    plan_batch(run.batch.packs_per_step, world_size)
     run_dir = RunDir(Path(run.output_dir) / run.name)
     found = look(run_dir)
     kind = decide(found, run, run_dir.path, world_size)
-    files: dict[str, Any] = {run_dir.ds_config.name: deepspeed_config(run, world_size)}
+    files: dict[str, Any] = {run_dir.ds_config.name: deepspeed_config(run, world_size)}  # refuses a wrong batch
     if run.cluster.kind == "slurm":
         argv, variables = ["sbatch", str(run_dir.sbatch)], {}
         files[run_dir.sbatch.name] = sbatch_text(run, run_dir.path, sys.executable)

@@ -128,7 +128,7 @@ def start(tmp_path: Path):
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, folder, str(num_ranks), "29511", package.parents[1]],
             cwd=nowhere, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "MARK": mark, "DS_ACCELERATOR": "cpu"},
+            env={**os.environ, "MARK": mark, "DS_ACCELERATOR": "cpu"}, start_new_session=True,
         )  # fmt: skip
         attempts.append(Attempt(folder, process, mark, num_ranks))
         return attempts[-1]
@@ -160,6 +160,15 @@ def test_a_closed_terminal_stops_the_run_in_order(start):
     attempt.process.send_signal(signal.SIGHUP)
     assert attempt.end() == (75, "stopped and saved")
     assert attempt.signals("rank_0") == [signal.SIGTERM]
+
+
+def test_ctrl_c_on_a_terminal_does_not_kill_the_ranks(start):
+    """A terminal sends it to the whole foreground process group; DeepSpeed's runner would end its ranks by force."""
+    attempt = start(2)
+    attempt.wait_for_ranks()
+    os.killpg(attempt.process.pid, signal.SIGINT)
+    assert attempt.end() == (75, "stopped and saved")
+    assert [attempt.signals(f"rank_{rank}").count(signal.SIGINT) for rank in (0, 1)] == [1, 1]
 
 
 def test_a_second_ctrl_c_kills(start):
