@@ -43,11 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def summary(run_dir: Path, folder: Path, record: dict[str, Any], adapter_only: bool) -> str:
     """What was exported, what was verified, and what to do next."""
-    from qwen_dist.export.hf_folder import size_bytes
-
     found = record["verified"]
     lines = [
-        f"exported step {record['step']} of {record['run']} to {folder} ({size_bytes(folder) / 1e9:.3g} GB)",
+        f"exported step {record['step']} of {record['run']} to {folder} ({_size(folder)})",
         f"verified after a reload: {found['tensors_bit_for_bit']} tensors equal bit for bit; logits of "
         f"{found['sample']} within {found['logits_relative_error']:.2g} of {found['compared_with']} "
         f"(allowed {found['logits_tolerance']:g}); the tokenizer gives the training ids",
@@ -56,6 +54,11 @@ def summary(run_dir: Path, folder: Path, record: dict[str, Any], adapter_only: b
         return "\n".join([*lines, f"next: peft.PeftModel.from_pretrained(base_model, {str(folder)!r})"])
     chat_path = run_dir if folder == run_dir / "export" else folder
     return "\n".join([*lines, f"next: qwen-dist chat {chat_path}", f"  or: vllm serve {folder}"])
+
+
+def _size(folder: Path) -> str:
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -83,7 +84,8 @@ def export(path: Path, step: int | None, adapter_only: bool, out: Path | None) -
         make = _export_adapter if adapter_only else _export_model
         verified = {**make(trained, folder), **verify_tokenizer(folder, tokenizer, trained.ids_T)}
         about = {"step": step_of(checkpoint), "method": run.method.kind, "default_mode": trained.mode, "modes": modes}
-        write_json(folder / RECORD, {**identity, **about, "verified": {"sample": trained.sample, **verified}})
+        by = {"transformers": transformers.__version__}
+        write_json(folder / RECORD, {**identity, **about, "verified": {**by, "sample": trained.sample, **verified}})
     return final, json.loads((final / RECORD).read_text(encoding="utf-8"))
 
 

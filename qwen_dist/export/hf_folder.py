@@ -106,8 +106,3 @@ def require_ours(folder: Path, identity: dict[str, Any]) -> None:
         found = {}
     if {key: found.get(key) for key in identity} != identity:
         raise UserError(f"{folder} exists and is not an export of run {identity['run']}; give another --out.")
-
-
-def size_bytes(folder: Path) -> int:
-    """Bytes of all files in `folder`."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
