@@ -46,7 +46,7 @@ if (worker := os.fork()) == 0:
 open(f"{folder}/pid_{rank}", "w").write(str(os.getpid()))
 while not got or behaviour == "stubborn":
     time.sleep(0.05)
-time.sleep(0.3)
+time.sleep(0.5 if rank == "0" else 1.0)
 os.kill(worker, signal.SIGKILL)
 end(75, "stopped and saved")
 """
@@ -168,8 +168,8 @@ def test_ctrl_c_on_a_terminal_does_not_kill_the_ranks(start):
     attempt.wait_for_ranks()
     os.killpg(attempt.process.pid, signal.SIGINT)
     assert attempt.end() == (75, "stopped and saved")
-    # DeepSpeed's launcher ends the second rank once the first has exited; nobody ends the first.
-    assert [signal.SIGINT] in (attempt.signals("rank_0"), attempt.signals("rank_1"))
+    # DeepSpeed's launcher ends the other ranks once one has exited, which is rank 0 here; nobody else ends any.
+    assert attempt.signals("rank_0") == [signal.SIGINT]
 
 
 def test_a_second_ctrl_c_kills(start):
