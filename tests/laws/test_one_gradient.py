@@ -45,6 +45,8 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """Every way to take the step, by name: its loss, gradients, gradient norm and new weights."""
     folder = tmp_path_factory.mktemp("gradient")
     (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "tied.json").write_text(json.dumps(MODEL | {"tie_word_embeddings": True}))
+    tied = {"model__path": str(folder / "tied.json")}
     lora = {"kind": "lora", "rank": 4, "alpha": 8}
     recompute = {"model__activation_checkpointing": True}
     one_process = {
@@ -54,6 +56,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         "zero-3": (TWO_A_PACK, {"zero__stage": 3}),
         "recompute": (TWO_A_PACK, recompute),
         "lora reference": (ONE_A_PACK, {"method": lora}),
+        "tied reference": (ONE_A_PACK, tied),
     }
     two_processes = {
         "2 processes": (ONE_A_PACK, {}),
@@ -63,6 +66,8 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         "2 processes zero-3": (TWO_A_PACK, {"zero__stage": 3}),
         "2 processes zero-3 uneven": (UNEVEN_WITH_EMPTY, {"zero__stage": 3}),
         "2 processes zero-3 recompute": (TWO_A_PACK, {"zero__stage": 3, **recompute}),
+        "tied 2 processes": (UNEVEN_WITH_EMPTY, tied),
+        "tied 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"zero__stage": 3, **tied}),
         "lora 2 processes": (UNEVEN_WITH_EMPTY, {"method": lora}),
         "lora 2 processes recompute": (TWO_A_PACK, {"method": lora, **recompute}),
         "lora 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"method": lora, "zero__stage": 3, **recompute}),
@@ -92,6 +97,7 @@ FULL = [
     "2 processes uneven", "2 processes, one empty", "2 processes zero-3", "2 processes zero-3 uneven",
     "2 processes zero-3 recompute",
 ]  # fmt: skip
+TIED = ["tied 2 processes", "tied 2 processes zero-3"]
 LORA = ["lora 2 processes", "lora 2 processes recompute", "lora 2 processes zero-3"]
 
 
@@ -100,9 +106,9 @@ def test_the_gradient_does_not_depend_on_how_the_step_is_computed(steps: dict[st
     assert_same_step(steps[name], steps["reference"])
 
 
-@pytest.mark.parametrize("name", LORA)
-def test_the_adapters_gradient_does_not_depend_on_it_either(steps: dict[str, dict], name: str) -> None:
-    assert_same_step(steps[name], steps["lora reference"])
+@pytest.mark.parametrize("name", TIED + LORA)
+def test_nor_with_tied_embeddings_nor_of_adapters(steps: dict[str, dict], name: str) -> None:
+    assert_same_step(steps[name], steps[f"{name.split()[0]} reference"])
 
 
 def assert_same_step(step: dict, reference: dict) -> None:
