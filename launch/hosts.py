@@ -12,6 +12,8 @@ from qwen_dist.config import Run
 from qwen_dist.errors import EnvironmentNotReady, UserError
 
 TRAINER_MODULE = "qwen_dist.train"
+# What tells a process its place in a group; left over from another job, it would mislead a trainer of our own.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -100,6 +102,11 @@ def trainer_environment(run: Run, num_processes: int, num_cpus: int | None = Non
         return {}
     num_cpus = num_cpus or len(os.sched_getaffinity(0))
     return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, num_cpus // num_processes))}
+
+
+def inherited_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a trainer on this machine inherits of our environment: all but another job's ranks."""
+    return {name: value for name, value in environ.items() if name not in RANK_VARIABLES}
 
 
 def free_port() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 import click
@@ -49,7 +50,7 @@ def command(path: Path, data: str, model: str, lora: bool, force: bool) -> int:
     click.echo(f"Wrote {path}.")
     if not Path(data).expanduser().is_file():
         click.echo(f"There is no {data} yet: put your conversations there, one JSON object a line.")
-    click.echo(f"Next: qwen-dist plan {path}")
+    click.echo(f"Next: qwen-dist plan {shlex.quote(str(path))}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -39,5 +40,5 @@ def command(run_file: Path, overrides: tuple[str, ...], as_json: bool) -> int:
         click.echo(json.dumps(plan.as_json(), ensure_ascii=False, indent=2))
     else:
         click.echo(plan_text(plan))
-        click.echo(f"\nNext: qwen-dist train {run_file}")
+        click.echo(f"\nNext: qwen-dist train {shlex.join([str(run_file), *overrides])}")
     return 0

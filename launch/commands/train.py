@@ -60,10 +60,12 @@ def command(run_file: Path, overrides: tuple[str, ...], dry_run: bool) -> int:
 
 
 def _train(start: Start, folder: str) -> int:
+    from launch.hosts import inherited_environment
     from launch.supervise import supervise
 
     click.echo(f"\n{'Resuming' if start.kind == 'resume' else 'Starting'} {folder}")
-    outcome = supervise(start.argv, {**os.environ, **start.variables}, start.run_dir)
+    environ = {**inherited_environment(os.environ), **start.variables}
+    outcome = supervise(start.argv, environ, start.run_dir)
     if outcome.exit_code == EXIT_DONE:
         click.echo(f"Done: {outcome.message}.\nNext: qwen-dist export {shlex.quote(folder)}")
     elif outcome.exit_code == EXIT_RESUMABLE:

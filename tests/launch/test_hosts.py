@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.hosts import processes_per_node, trainer_argv, trainer_environment, visible_gpus, world_size_of
+from launch.hosts import (
+    inherited_environment,
+    processes_per_node,
+    trainer_argv,
+    trainer_environment,
+    visible_gpus,
+    world_size_of,
+)
 from qwen_dist.config import Cluster, Data, Model, Run, Source
 from qwen_dist.errors import EnvironmentNotReady, UserError
 
@@ -97,3 +104,8 @@ def test_cpu_processes_share_the_cores():
     assert trainer_environment(run_on(device="cpu"), 2, 8) == {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "4"}
     assert trainer_environment(run_on(device="cpu"), 4, 2)["OMP_NUM_THREADS"] == "1"
     assert trainer_environment(run_on(), 2, 8) == {}
+
+
+def test_another_jobs_ranks_are_not_inherited():
+    environ = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "n1", "NCCL_DEBUG": "INFO"}
+    assert inherited_environment(environ) == {"NCCL_DEBUG": "INFO"}

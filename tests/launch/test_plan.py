@@ -129,6 +129,7 @@ def test_json(project, cli):
 
 
 def test_plan_says_what_next_and_writes_nothing(project, cli):
-    result = cli("plan", "run.yaml")
-    assert result.out.endswith("Next: qwen-dist train run.yaml\n")
+    (project / "run.yaml").rename(project / "my run.yaml")
+    result = cli("plan", "my run.yaml", "length.epochs=2")
+    assert result.out.endswith("Next: qwen-dist train 'my run.yaml' length.epochs=2\n")
     assert not (project / "runs").exists()
