@@ -4,8 +4,8 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 SLURM := tests/slurm/cluster.sh
 # Tests in seconds first, then those that start real processes, model exports and batch jobs.
-SLOW_TESTS := tests/export/ tests/distributed/ tests/slurm/ tests/gpu/
-ALL_TESTS := $(sort $(dir $(wildcard tests/*/test_*.py)))
+SLOW_TESTS := tests/export/ tests/examples/ tests/distributed/ tests/slurm/ tests/gpu/
+ALL_TESTS := $(wildcard tests/test_*.py) $(sort $(dir $(wildcard tests/*/test_*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format slurm-up slurm-down
