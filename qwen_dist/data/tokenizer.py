@@ -98,6 +98,11 @@ class ChatTokenizer:
             raise UserError(f"{self.folder}/tokenizer.json has no token {token}; use the tokenizer of a Qwen model.")
         return self.added[token]
 
+    @property
+    def num_ids(self) -> int:
+        """One more than the largest token id: the rows that a model's embedding must have at least."""
+        return 1 + max(self._plain.get_vocab_size() - 1, *self.added.values())
+
     def pieces(self, text: str, mark: str = "") -> list[Piece]:
         """`text` cut at its added tokens: their ids, and the texts between them.
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from qwen_dist.config import Run
+from qwen_dist.config import Model, Run
 from qwen_dist.data.prepare import open_prepared
 from qwen_dist.data.shard import plan_steps
-from qwen_dist.data.tokenizer import load_tokenizer
+from qwen_dist.data.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
 from qwen_dist.log import get_logger, log_to_file, start_logging
 from qwen_dist.report.reporter import Reporter
@@ -21,6 +21,7 @@ from qwen_dist.train.checkpoint import State, load_checkpoint, newest_checkpoint
 from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.evaluate import plan_evaluation
 from qwen_dist.train.loop import Job, train
+from qwen_dist.train.model import load_model_config
 from qwen_dist.train.signals import StopRequest
 from qwen_dist.train.world import rank_environment, start_world
 
@@ -72,6 +73,8 @@ def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:
         epochs=run.length.epochs, max_steps=run.length.max_steps, seed=run.seed,
     )  # fmt: skip
     held_out = open_prepared(run.output_dir, record["data"]["eval"]) if record["data"]["eval"] else None
+    tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
+    require_rows_for(tokenizer, run.model)
     engine = make_engine(run, ds_config, world)
     start = state = start_or_resume(engine, run_dir, run, data.fingerprint)
     progress["step"] = state.step
@@ -84,7 +87,7 @@ def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:
         plan=plan,
         held_out=held_out,
         held_out_plan=held_out and plan_evaluation(held_out, run.data.max_tokens, run.batch.packs_per_step),
-        pad_id=load_tokenizer(run.tokenizer_path, run.model.revision).pad_id,
+        pad_id=tokenizer.pad_id,
         stop=stop,
         reporter=reporter,
     )
@@ -95,6 +98,20 @@ def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:
         if reporter is not None:
             reporter.close()
     return state, plan.num_steps
+
+
+def require_rows_for(tokenizer: ChatTokenizer, model: Model) -> None:
+    """Refuse a tokenizer with more ids than the model's embedding has rows.
+
+    Raises:
+        UserError: it has.
+    """
+    vocab_size = load_model_config(model).vocab_size
+    if tokenizer.num_ids > vocab_size:
+        raise UserError(
+            f"The tokenizer {tokenizer.folder} has {tokenizer.num_ids:,} ids, but {model.path} has an embedding of "
+            f"{vocab_size:,} rows; set model.tokenizer to the model's own."
+        )
 
 
 def start_or_resume(engine: Engine, run_dir: RunDir, run: Run, data_fingerprint: str) -> State:
