@@ -46,7 +46,7 @@ def test_the_mode_is_part_of_the_question(demo: ModuleType) -> None:
 
 
 def test_a_question_that_no_row_asks_is_refused(demo: ModuleType) -> None:
-    with pytest.raises(demo.DemoFailed, match="no row of .*asks 'Why is the sky green"):
+    with pytest.raises(demo.DemoFailed, match=r"no row of .*asks 'Why is the sky green"):
         demo.answer_in_data(ROWS, demo.Question("Why is the sky green?"))
 
 
