@@ -106,12 +106,11 @@ def _parts(run: Run, sizes: Sequence[int], folder: Path) -> list[Part]:
     """Every part of every file, in the files' order."""
     from qwen_dist.data.formats import detect_format
     from qwen_dist.data.part import Part
-    from qwen_dist.data.prepare import _first_rows
-    from qwen_dist.data.rows import byte_parts
+    from qwen_dist.data.rows import byte_parts, first_rows
 
     parts = []
     for number, (source, size) in enumerate(zip(run.data.train, sizes, strict=True)):
-        row_format = detect_format(source.path, source.format, source.columns, _first_rows(source.path, size))
+        row_format = detect_format(source.path, source.format, source.columns, first_rows(source.path, size))
         for start, end in byte_parts(size, ESTIMATE_PART_BYTES):
             out = folder / f"{number}_{start}.npz"
             parts.append(

@@ -12,6 +12,7 @@ Layout (`<output_dir>/<name>/`):
     checkpoints/        step_<k>/ (whole), step_<k>.incomplete/ (not), latest (a name)
     wandb/              the W&B client's own files
     export/             the Hugging Face folder
+    adapter/            the LoRA adapter alone, for peft
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ class RunDir:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint after optimizer step `step`."""

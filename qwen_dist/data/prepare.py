@@ -15,7 +15,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from qwen_dist.data.counts import check_results, count
 from qwen_dist.data.formats import detect_format
 from qwen_dist.data.part import Part, PartResult, encode_part
 from qwen_dist.data.prepared import Prepared, open_prepared, write_arrays
-from qwen_dist.data.rows import BadRow, byte_parts, check_file, parse_row, read_lines, shown
+from qwen_dist.data.rows import byte_parts, check_file, first_rows, shown
 from qwen_dist.data.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_dist.errors import EnvironmentNotReady, RunFailed, UserError
 
@@ -35,7 +34,6 @@ Split = Literal["train", "eval"]
 # Raised whenever the same rows would come out as other tokens, so that no old folder is taken for a new one.
 ENCODING_VERSION = 1
 PART_BYTES = 4 << 20
-DETECT_ROWS = 100
 # Called with the bytes of the files done so far, and of all.
 Progress = Callable[[int, int], None]
 
@@ -95,7 +93,7 @@ def _inputs(run: Run, split: Split) -> _Inputs:
         raise UserError(f"data.{split} names no file; add one.")
     sizes = tuple(check_file(source.path) for source in sources)
     formats = tuple(
-        detect_format(source.path, source.format, source.columns, _first_rows(source.path, size))
+        detect_format(source.path, source.format, source.columns, first_rows(source.path, size))
         for source, size in zip(sources, sizes, strict=True)
     )
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
@@ -217,25 +215,3 @@ def _incomplete(target: Path) -> Iterator[Path]:
         for parent in made:
             with suppress(OSError):  # it holds something: the data, or another starter's
                 parent.rmdir()
-
-
-def _first_rows(path: str, size: int) -> list[dict[str, Any]]:
-    """The first rows that parse; those that do not are named with all the others later."""
-    rows = []
-    for _, line in islice(read_lines(path, 0, size), DETECT_ROWS):
-        with suppress(BadRow):
-            rows += [parse_row(line)] if line else []
-    return rows
-
-
-def _stat(path: str) -> tuple[int, int]:
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

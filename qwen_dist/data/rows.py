@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ MAGIC = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
+DETECT_ROWS = 100
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -114,6 +116,15 @@ def parse_row(line: bytes) -> dict[str, Any]:
         except UnicodeEncodeError as error:
             raise BadRow("a lone surrogate (half of a \\ud8xx\\udcxx pair), which no text can hold") from error
     return row
+
+
+def first_rows(path: str, size: int) -> list[dict[str, Any]]:
+    """The first rows that parse, to tell the format from; those that do not are named with all the others later."""
+    rows = []
+    for _, line in itertools.islice(read_lines(path, 0, size), DETECT_ROWS):
+        with suppress(BadRow):
+            rows += [parse_row(line)] if line else []
+    return rows
 
 
 def kind_of(value: Any) -> str:

@@ -77,7 +77,7 @@ def export(path: Path, step: int | None, adapter_only: bool, out: Path | None) -
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
     modes = record["data"]["counts"].get("modes", {})
     trained = Trained(run, checkpoint, tokenizer, *_sample(run, record, tokenizer), default_mode(modes))
-    default = run_dir.path / "adapter" if adapter_only else run_dir.export
+    default = run_dir.adapter if adapter_only else run_dir.export
     final = default if out is None else out.absolute()
     identity = {"run": run.name, "created": record["created"]}
     with replacing(final, identity) as folder:

@@ -16,7 +16,7 @@ REPO = Path(__file__).resolve().parents[2]
 # What the launcher and `plan` need; torch, transformers and deepspeed are not there, and must not be missed.
 NEEDED = (
     "click", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection", "rich",
-    "markdown_it", "mdurl", "pygments", "yaml", "_yaml", "jinja2", "markupsafe", "numpy", "numpy.libs", "orjson",
+    "markdown_it", "mdurl", "pygments", "yaml", "_yaml", "jinja2", "markupsafe", "numpy", "numpy.libs",
     "tokenizers", "psutil",
 )  # fmt: skip
 
