@@ -23,7 +23,7 @@ Example:
 @click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path))
 @click.option("--step", type=click.IntRange(min=1), metavar="K", help="Checkpoint to export; default: the newest.")
 @click.option("--adapter-only", is_flag=True, help="LoRA: write the adapter alone, not merged.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write; default: RUN_DIR/export (/adapter).")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write; default: in RUN_DIR.")
 def command(run_dir: Path, step: int | None, adapter_only: bool, out: Path | None) -> int:
     """Make a Hugging Face folder of a run's checkpoint, reload it and compare. Needs no GPU."""
     if not RunDir(run_dir).run_json.is_file():

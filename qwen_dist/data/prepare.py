@@ -215,3 +215,16 @@ def _incomplete(target: Path) -> Iterator[Path]:
         for parent in made:
             with suppress(OSError):  # it holds something: the data, or another starter's
                 parent.rmdir()
+
+
+def _stat(path: str) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
