@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.distributed.runs import (
     wait_for_step,
     write_run_file,
 )
+from tests.wandb_file import history
 
 STEPS = 10
 # With dropout the random state has to come back too, not the weights alone.
@@ -56,7 +58,8 @@ def test_term_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     steady_file = write_run_file(tmp_path, "steady", zero={"stage": 2})
     qwen_dist("train", str(steady_file))
 
-    stopped_file = write_run_file(tmp_path, "stopped", zero={"stage": 2})
+    wandb = {"project": "tests", "mode": "offline"}
+    stopped_file = write_run_file(tmp_path, "stopped", zero={"stage": 2}, tracking={"wandb": wandb})
     stopped = tmp_path / "runs" / "stopped"
     first = start("train", str(stopped_file))
     wait_for_step(stopped, 4, first)
@@ -67,7 +70,19 @@ def test_term_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     qwen_dist("train", str(stopped_file))
 
     assert_same_run(tmp_path / "runs" / "steady", stopped)
+    assert_tracked(stopped)
     assert "is finished" in qwen_dist("train", str(stopped_file)), "a finished run is not trained again"
+
+
+def assert_tracked(run_dir: Path) -> None:
+    """W&B's own files of both attempts bear one run id and hold the metrics of every step."""
+    run_id = json.loads((run_dir / "run.json").read_text())["wandb_id"]
+    files = list(run_dir.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))
+    assert len(files) == len(list(run_dir.glob("wandb/offline-run-*"))) == 2
+    tracked = {row["_step"]: row for file in files for row in history(file) if "loss" in row}
+    assert {step: row["loss"] for step, row in tracked.items()} == {
+        step: entry["loss"] for step, entry in step_metrics(run_dir).items()
+    }
 
 
 def assert_same_run(steady: Path, other: Path) -> None:

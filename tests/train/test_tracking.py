@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wandb.proto.wandb_internal_pb2 import Record
 
 from qwen_dist.config import Run
 from qwen_dist.report.tracking import Tracker
+from tests.wandb_file import history, records
 
 
 def offline_run(**wandb: object) -> Run:
@@ -23,34 +20,6 @@ def offline_run(**wandb: object) -> Run:
             "tracking": {"wandb": {"project": "tests", "mode": "offline", **wandb}},
         }
     )
-
-
-def records(file: Path) -> Iterator[Record]:
-    """Every record of a .wandb file: 7 bytes of file header, then LevelDB's log format with protobuf inside.
-
-    Blocks of 32 KiB; each chunk has a checksum (4 bytes), a length (2, little-endian) and a type (1): 1 whole,
-    2 first, 3 middle, 4 last (LevelDB's doc/log_format.md).
-    """
-    data, position, message = file.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while position + 7 <= len(data):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        message += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            record = Record()
-            record.ParseFromString(message)
-            yield record
-            message = b""
-
-
-def history(file: Path) -> list[dict]:
-    rows = [record.history for record in records(file) if record.WhichOneof("record_type") == "history"]
-    return [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row.item} for row in rows]
 
 
 def test_two_attempts_are_one_run_with_the_same_metrics(tmp_path: Path) -> None:
