@@ -29,6 +29,7 @@ from launch.zero import deepspeed_config
 from qwen_dist.config import Run
 from qwen_dist.errors import EXIT_DONE, EnvironmentNotReady, UserError
 from qwen_dist.run_dir import RunDir, prepared_dir, write_atomically, write_json
+from qwen_dist.shapes import check_config, is_local, read_config, require_weights
 
 if TYPE_CHECKING:
     from qwen_dist.data.prepared import Prepared
@@ -102,6 +103,7 @@ def make_start(loaded: Loaded) -> Start:
         argv = trainer_argv(run_dir.path, sys.executable, per_node, free_port(), gpus[:per_node])
         variables = trainer_environment(run, per_node)
 
+    _check_model(run)
     train, held_out = _prepare(run)
     fingerprints = {"train": train.fingerprint, "eval": held_out.fingerprint if held_out else None}
     before = found.record if kind == "resume" else None
@@ -112,6 +114,16 @@ def make_start(loaded: Loaded) -> Start:
     files = {run_dir.run_json.name: make_record(loaded, fingerprints, counts, before), **files}
     is_done = kind == "resume" and _is_finished(run_dir, plan)
     return Start(run_dir, "done" if is_done else kind, plan, files, argv, variables)
+
+
+def _check_model(run: Run) -> None:
+    """Refuse a local model that the trainer would refuse; one of the hub is checked when it arrives."""
+    from qwen_dist.data.tokenizer import load_tokenizer
+
+    path = run.model.path
+    if is_local(path):
+        check_config(read_config(path), path, load_tokenizer(run.tokenizer_path, run.model.revision).num_ids)
+        require_weights(path)
 
 
 def _prepare(run: Run) -> tuple[Prepared, Prepared | None]:

@@ -1,4 +1,4 @@
-"""What a model's size is: from its config.json, or for known Qwen models without any file.
+"""What a model is and costs: from its config.json, or for known Qwen models without any file.
 
 Standard library only.
 """
@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_dist.errors import UserError
+
+# `model_type` in config.json of the models that we train.
+SUPPORTED_TYPES = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 # hidden_size of the dense Qwen families by size name, from their published config.json files.
 HIDDEN_SIZES = {
     "qwen1.5": {"0.5b": 1024, "1.8b": 2048, "4b": 2560, "7b": 4096, "14b": 5120, "32b": 5120, "72b": 8192},
@@ -18,11 +23,6 @@ HIDDEN_SIZES = {
     "qwen3": {"0.6b": 1024, "1.7b": 2048, "4b": 2560, "8b": 4096, "14b": 5120, "32b": 5120},
 }
 HIDDEN_SIZE_14B = 5120
-
-
-def hidden_size_of(config: dict[str, Any]) -> int:
-    """`hidden_size` of a model's config.json."""
-    return int(config["hidden_size"])
 
 
 def hidden_size(model_path: str) -> int:
@@ -34,11 +34,69 @@ def hidden_size(model_path: str) -> int:
     Returns:
         The size in the local config.json; of a hub id, the known size of its name; otherwise that of a 14B model.
     """
+    if is_local(model_path):
+        return int(read_config(model_path).get("hidden_size", HIDDEN_SIZE_14B))
+    name = re.search(r"(qwen[\d.]+)-(\d+(?:\.\d+)?b)", model_path.lower())
+    return HIDDEN_SIZES.get(name[1], {}).get(name[2], HIDDEN_SIZE_14B) if name else HIDDEN_SIZE_14B
+
+
+def is_local(model_path: str) -> bool:
+    """Whether a resolved `model.path` names a file or folder: those are absolute, hub ids are not."""
+    return Path(model_path).is_absolute()
+
+
+def read_config(model_path: str) -> dict[str, Any]:
+    """config.json of a local model folder, or the bare file itself.
+
+    Raises:
+        UserError: there is none, or none that is a JSON object.
+    """
     path = Path(model_path)
     file = path / "config.json" if path.is_dir() else path
     try:
-        return hidden_size_of(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    name = re.search(r"(qwen[\d.]+)-(\d+(?:\.\d+)?b)", model_path.lower())
-    return HIDDEN_SIZES.get(name[1], {}).get(name[2], HIDDEN_SIZE_14B) if name else HIDDEN_SIZE_14B
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"model.path={model_path}: {file} cannot be read ({error.strerror}); give a model's folder or a hub id."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"model.path={model_path}: {file} is not JSON ({error}); use the model's own.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"model.path={model_path}: {file} is not a JSON object; use the model's own.")
+    return config
+
+
+def check_config(config: Mapping[str, Any], model_path: str, num_token_ids: int) -> None:
+    """Refuse a model that we do not train, or whose embedding is too small for the tokenizer.
+
+    Args:
+        config: what its config.json says.
+        model_path: how the user named it.
+        num_token_ids: one more than the tokenizer's largest id.
+
+    Raises:
+        UserError: it is refused.
+    """
+    model_type, vocab_size = config.get("model_type"), config.get("vocab_size")
+    if model_type not in SUPPORTED_TYPES:
+        known = ", ".join(SUPPORTED_TYPES)
+        raise UserError(f"model.path={model_path} is a {model_type} model; the types trained here are {known}.")
+    if vocab_size is not None and num_token_ids > vocab_size:
+        raise UserError(
+            f"The tokenizer has {num_token_ids:,} ids, but model.path={model_path} an embedding of {vocab_size:,} "
+            "rows; set model.tokenizer to the model's own."
+        )
+
+
+def require_weights(model_path: str) -> None:
+    """Refuse a local folder without weights.
+
+    Raises:
+        UserError: it holds no .safetensors file.
+    """
+    folder = Path(model_path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model.path={model_path} holds no .safetensors weights; give a folder that does, or its config.json "
+            "itself to start from random weights."
+        )

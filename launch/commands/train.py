@@ -70,6 +70,6 @@ def _train(start: Start, folder: str) -> int:
         click.echo(f"Done: {outcome.message}.\nNext: qwen-dist export {shlex.quote(folder)}")
     elif outcome.exit_code == EXIT_RESUMABLE:
         click.echo(f"Not done: {outcome.message}. The same command goes on from there.")
-    else:
+    elif not start.run_dir.outcome.exists():  # else rank 0 has said it
         click.echo(f"error: {outcome.message}", err=True)
     return outcome.exit_code

@@ -59,6 +59,8 @@ def save_checkpoint(engine: Engine, run_dir: RunDir, state: State, keep: int) ->
         partial.mkdir(parents=True)
     world.all_succeeded(True)  # the folder is there for every rank
     failure = _write_share(engine, partial, state)
+    if failure is not None:
+        get_logger().warning("the checkpoint of step %d failed here: %s", state.step, failure)
     if not world.all_succeeded(failure is None):
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)

@@ -10,10 +10,11 @@ import torch
 from qwen_dist.config import Run
 from qwen_dist.data.batches import MicroBatch
 from qwen_dist.log import get_logger
+from qwen_dist.shapes import check_config
 from qwen_dist.train.attention import choose_attention, forward_arguments
 from qwen_dist.train.lora import add_adapters
 from qwen_dist.train.loss import summed_cross_entropy, supervised_positions
-from qwen_dist.train.model import build_model
+from qwen_dist.train.model import build_model, load_model_config
 from qwen_dist.train.optim import make_optimizer
 from qwen_dist.train.world import World
 
@@ -63,27 +64,35 @@ class Engine:
         return self._nll_sum(batch)
 
     def _nll_sum(self, batch: MicroBatch) -> torch.Tensor:
-        batch = batch.to(self.world.device)
-        positions_N, targets_N = supervised_positions(batch.labels_1T)
-        outputs = self.ds_engine(**forward_arguments(batch, self.backend), logits_to_keep=positions_N)
-        return summed_cross_entropy(outputs.logits[0], targets_N)
+        # Found before the copy to the device: counting there would wait for it.
+        positions_N, targets_N = (
+            tensor.to(self.world.device, non_blocking=True) for tensor in supervised_positions(batch.labels_1T)
+        )
+        arguments = forward_arguments(batch.to(self.world.device), self.backend)
+        logits_1NV = self.ds_engine(**arguments, logits_to_keep=positions_N).logits
+        return summed_cross_entropy(logits_1NV[0], targets_N)
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
         return float(self.ds_engine.get_global_grad_norm() or 0.0)
 
 
-def make_engine(run: Run, ds_config: dict[str, Any], world: World) -> Engine:
+def make_engine(run: Run, ds_config: dict[str, Any], world: World, num_token_ids: int = 0) -> Engine:
     """Build the run's model and hand it to DeepSpeed.
 
     Args:
         run: the run.
         ds_config: the complete DeepSpeed config of the run directory.
         world: the processes.
+        num_token_ids: one more than the tokenizer's largest id; the embedding must have as many rows.
+
+    Raises:
+        UserError: a model that we do not train, or that does not fit the tokenizer.
     """
+    check_config(load_model_config(run.model).to_dict(), run.model.path, num_token_ids)
     backend, reason = choose_attention(run.model.attention, world.device.type)
     get_logger().info("attention %s (%s)", backend, reason)
-    model: torch.nn.Module = build_model(run, ds_config, backend)
+    model: torch.nn.Module = build_model(run, ds_config, backend, world.device)
     if run.method.kind == "lora":
         model = add_adapters(model, run.method, run.seed)
     if run.model.activation_checkpointing:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import traceback
 from pathlib import Path
 
 import torch
 
-from qwen_dist.config import Model, Run
+from qwen_dist.config import Run
 from qwen_dist.data.prepare import open_prepared
 from qwen_dist.data.shard import plan_steps
-from qwen_dist.data.tokenizer import ChatTokenizer, load_tokenizer
+from qwen_dist.data.tokenizer import load_tokenizer
 from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
 from qwen_dist.log import get_logger, log_to_file, start_logging
 from qwen_dist.report.reporter import Reporter
@@ -21,7 +22,6 @@ from qwen_dist.train.checkpoint import State, load_checkpoint, newest_checkpoint
 from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.evaluate import plan_evaluation
 from qwen_dist.train.loop import Job, train
-from qwen_dist.train.model import load_model_config
 from qwen_dist.train.signals import StopRequest
 from qwen_dist.train.world import rank_environment, start_world
 
@@ -38,7 +38,8 @@ def main(path: str) -> int:
         message = f"finished all {num_steps} steps" if finished else f"stopped and saved at step {state.step}"
     except UserError as error:
         code, message = error.exit_code, str(error)
-        get_logger().error("error: %s", message)
+        # Every rank meets the same one, and one voice is enough; the others keep it in their log files.
+        get_logger().log(logging.ERROR if rank == 0 else logging.DEBUG, "error: %s", message)
     except Exception as error:
         code, message = EXIT_RUN_FAILED, f"{type(error).__name__}: {error}"
         get_logger().debug("%s", traceback.format_exc())
@@ -74,8 +75,7 @@ def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:
     )  # fmt: skip
     held_out = open_prepared(run.output_dir, record["data"]["eval"]) if record["data"]["eval"] else None
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
-    require_rows_for(tokenizer, run.model)
-    engine = make_engine(run, ds_config, world)
+    engine = make_engine(run, ds_config, world, tokenizer.num_ids)
     start = state = start_or_resume(engine, run_dir, run, data.fingerprint)
     progress["step"] = state.step
     reporter = Reporter(run, run_dir, record["wandb_id"], state.step, plan.num_steps) if world.is_main else None
@@ -100,20 +100,6 @@ def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:
     # DeepSpeed's launcher ends every rank 30 s after the first that leaves with 75: rank 0 may still talk to W&B.
     world.all_succeeded(True)
     return state, plan.num_steps
-
-
-def require_rows_for(tokenizer: ChatTokenizer, model: Model) -> None:
-    """Refuse a tokenizer with more ids than the model's embedding has rows.
-
-    Raises:
-        UserError: it has.
-    """
-    vocab_size = load_model_config(model).vocab_size
-    if tokenizer.num_ids > vocab_size:
-        raise UserError(
-            f"The tokenizer {tokenizer.folder} has {tokenizer.num_ids:,} ids, but {model.path} has an embedding of "
-            f"{vocab_size:,} rows; set model.tokenizer to the model's own."
-        )
 
 
 def start_or_resume(engine: Engine, run_dir: RunDir, run: Run, data_fingerprint: str) -> State:
