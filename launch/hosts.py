@@ -49,7 +49,10 @@ def processes_per_node(run: Run, num_gpus: int) -> int:
             raise UserError("a Slurm job must know its GPUs; set cluster.gpus_per_node, as in cluster.gpus_per_node=8.")
         return wanted
     if num_gpus == 0:
-        raise EnvironmentNotReady("No GPU was found; to run on CPU set cluster.device=cpu")
+        raise EnvironmentNotReady(
+            "No GPU was found; to run on CPU set cluster.device=cpu, to plan for another machine "
+            "cluster.gpus_per_node=8."
+        )
     if wanted != "auto" and wanted > num_gpus:
         raise EnvironmentNotReady(
             f"cluster.gpus_per_node={wanted}, but this machine shows {num_gpus}; set it to {num_gpus} or to auto."

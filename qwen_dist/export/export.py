@@ -75,7 +75,7 @@ def export(path: Path, step: int | None, adapter_only: bool, out: Path | None) -
         _require_adapter(run)
     checkpoint = choose_checkpoint(run_dir, step)
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
-    modes = record["data"]["counts"].get("modes", {})
+    modes = record["data"]["counts"]["train"]["modes"]
     trained = Trained(run, checkpoint, tokenizer, *_sample(run, record, tokenizer), default_mode(modes))
     default = run_dir.adapter if adapter_only else run_dir.export
     final = default if out is None else out.absolute()

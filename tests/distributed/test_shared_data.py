@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,9 @@ def test_train_kill_resume_export_reload(
     qwen_dist("export", str(run_dir))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    about = json.loads((run_dir / "export" / "qwen_dist.json").read_text())
+    assert about["default_mode"] == "no_think", "every row is without reasoning"
+    assert about["modes"]["no_think"] >= 2 * NUM_ROWS
     model = AutoModelForCausalLM.from_pretrained(run_dir / "export")
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "export")
     assert model.dtype == torch.bfloat16

@@ -77,7 +77,10 @@ def start_run(folder: Path, model_path: Path, num_processes: int, changes: dict[
     data = {split: prepare(run, split, workers=1) for split in ("train", "eval")}
     record = {
         "config": run.model_dump(mode="json"),
-        "data": {**{split: data[split].fingerprint for split in data}, "counts": data["train"].counts},
+        "data": {
+            **{split: data[split].fingerprint for split in data},
+            "counts": {split: data[split].counts for split in data},
+        },
         "wandb_id": None,
         "created": "2026-01-01T00:00:00+00:00",
     }
