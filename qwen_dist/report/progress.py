@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 PLAIN_LINE_EVERY_S = 10.0
+WIDE = 112  # columns from which there is room for a bar beside all the numbers
 
 
 class Progress:
@@ -30,10 +31,12 @@ class Progress:
         left_s = (now - self._started) / done_here * (self._num_steps - step)
         if self._bar is not None:
             progress, task = self._bar
-            progress.update(task, completed=step, numbers=_numbers(entry), left=f"{_clock(left_s)} left")
+            width, left = progress.console.width, f"{_clock(left_s)} left"
+            taken = 2 * len(str(self._num_steps)) + len(left) + (25 if width >= WIDE else 4)
+            progress.update(task, completed=step, numbers=numbers_text(entry, width - taken), left=left)
         elif now - self._last_line_at >= PLAIN_LINE_EVERY_S or step == self._num_steps:
             self._last_line_at = now
-            self.say(f"step {step}/{self._num_steps}  {_numbers(entry)}  {_clock(left_s)} left")
+            self.say(f"step {step}/{self._num_steps}  {numbers_text(entry)}  {_clock(left_s)} left")
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -48,26 +51,36 @@ class Progress:
             self._bar[0].stop()
 
 
-def _numbers(entry: dict[str, Any]) -> str:
-    return (
-        f"loss {entry['loss']:.4f}  lr {entry['lr']:.2e}  grad {entry['grad_norm']:.2f}  "
-        f"{_short(entry['tokens_per_s'])} tok/s  {_short(entry['supervised_tokens_per_s'])} trained/s  "
-        f"{entry['mem_peak_gb']:.1f} GB"
-    )
+def numbers_text(entry: dict[str, Any], width: int | None = None) -> str:
+    """A step's numbers in one line; where they are wider than `width` characters, the least telling go first."""
+    parts = {
+        "loss": f"loss {entry['loss']:.4f}",
+        "lr": f"lr {entry['lr']:.2e}",
+        "grad": f"grad {entry['grad_norm']:.2f}",
+        "tokens": f"{_short(entry['tokens_per_s'])} tok/s",
+        "trained": f"{_short(entry['supervised_tokens_per_s'])} trained/s",
+        "memory": f"{entry['mem_peak_gb']:.1f} GB",
+    }
+    for least in ("grad", "lr", "tokens", "memory", "trained"):
+        if width is None or len("  ".join(parts.values())) <= width:
+            break
+        del parts[least]
+    return "  ".join(parts.values())
 
 
 def _rich_bar(num_steps: int, completed: int) -> tuple[Any, Any]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import BarColumn, ProgressColumn, TextColumn
     from rich.progress import Progress as RichProgress
 
+    console = Console(stderr=True)
+    bar: list[ProgressColumn] = [BarColumn(bar_width=20)] if console.width >= WIDE else []
     progress = RichProgress(
-        MofNCompleteColumn(),
-        BarColumn(bar_width=20),
+        TextColumn("[green]{task.completed}/{task.total}"),
+        *bar,
         TextColumn("{task.fields[numbers]}"),
         TextColumn("[dim]{task.fields[left]}"),
-        console=Console(stderr=True),
-        expand=False,
+        console=console,
     )
     task = progress.add_task("train", total=num_steps, completed=completed, numbers="starting", left="")
     progress.start()
