@@ -18,6 +18,7 @@ from launch.run_problems import all_keys, misread_booleans, problems_of, section
 from launch.yaml_nodes import KeyPath, dotted, read_nodes, read_scalar
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError, did_you_mean
+from qwen_dist.shapes import is_hub_id
 
 ENVIRONMENT_PREFIX = "QWEN_DIST_"
 DEFAULT = "default"
@@ -211,12 +212,9 @@ def _absolute(path: str, base: Path) -> str:
 def resolve_model_path(path: str, base: Path) -> str:
     """A model or tokenizer: a local path made absolute, or a hub id as it is.
 
-    What is not there, does not look like a path (`.`, `/`, `~` in front) and does not end in .json is a hub id.
+    `Qwen/Qwen3-14B` is a path only where a folder `Qwen` lies beside the run file.
     """
-    local = _absolute(path, base)
-    if os.path.exists(local) or path.startswith((".", "/", "~")) or path.endswith(".json"):
-        return local
-    return path
+    return path if is_hub_id(path, base) else _absolute(path, base)
 
 
 def _validate(values: _Values) -> Run:

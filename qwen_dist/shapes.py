@@ -23,6 +23,8 @@ HIDDEN_SIZES = {
     "qwen3": {"0.6b": 1024, "1.7b": 2048, "4b": 2560, "8b": 4096, "14b": 5120, "32b": 5120},
 }
 HIDDEN_SIZE_14B = 5120
+# An owner or a name of the hub begins with a letter, a digit or an underscore.
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def hidden_size(model_path: str) -> int:
@@ -38,6 +40,16 @@ def hidden_size(model_path: str) -> int:
         return int(read_config(model_path).get("hidden_size", HIDDEN_SIZE_14B))
     name = re.search(r"(qwen[\d.]+)-(\d+(?:\.\d+)?b)", model_path.lower())
     return HIDDEN_SIZES.get(name[1], {}).get(name[2], HIDDEN_SIZE_14B) if name else HIDDEN_SIZE_14B
+
+
+def is_hub_id(path: str, base: Path) -> bool:
+    """Whether a model or tokenizer that a user named is one of the hub.
+
+    It is when it reads `owner/name` and neither it nor a folder `owner` lies under `base`: where `runs/` is a folder,
+    `runs/demmo` is a slip of the pen, not a repository to ask the network for.
+    """
+    owner, _, name = path.partition("/")
+    return bool(HUB_ID.fullmatch(path)) and not (base / owner).exists() and not name.endswith(".json")
 
 
 def is_local(model_path: str) -> bool:

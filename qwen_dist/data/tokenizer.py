@@ -18,11 +18,11 @@ from tokenizers import Tokenizer
 
 from qwen_dist.data.render import compile_template
 from qwen_dist.errors import EnvironmentNotReady, UserError
+from qwen_dist.shapes import HUB_ID
 
 STOP_TOKEN = "<|im_end|>"
 PAD_TOKEN = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 Piece = str | int
 
 

@@ -20,6 +20,7 @@ from qwen_dist.errors import EnvironmentNotReady, UserError
 from qwen_dist.run_dir import RunDir
 from qwen_dist.serve.sampling import Mode, sampling_of
 from qwen_dist.serve.stream import THINK_OPEN, Part, ReasoningSplit, TextStream
+from qwen_dist.shapes import is_hub_id
 
 Message = dict[str, str]
 OnPart = Callable[[Part], None]
@@ -124,7 +125,7 @@ def chat_source(path: str) -> str:
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+        if not is_hub_id(path, Path.cwd()):
             raise UserError(f"{path} does not exist; give a run directory, a model folder or a hub id.")
         return path
     if (folder / "run.json").is_file():

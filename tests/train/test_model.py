@@ -10,7 +10,7 @@ import torch
 
 from qwen_dist.config import Model, Run
 from qwen_dist.errors import UserError
-from qwen_dist.shapes import check_config, read_config, require_weights
+from qwen_dist.shapes import check_config, is_hub_id, read_config, require_weights
 from qwen_dist.train.model import build_model, load_model_config
 from tests.distributed.runs import SMALL_QWEN3
 
@@ -24,6 +24,24 @@ def test_a_tokenizer_needs_an_embedding_row_for_every_id() -> None:
     check_config({"model_type": "qwen3", "vocab_size": 100}, "m", 100)
     with pytest.raises(UserError, match=r"has 101 ids, but model.path=m an embedding of 100 rows; set model.tokenizer"):
         check_config({"model_type": "qwen3", "vocab_size": 100}, "m", 101)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("Qwen/Qwen3-14B", True),
+        ("qwen2.5_org/Qwen2.5-14B", True),
+        ("runs/slip-of-the-pen", False),
+        ("./Qwen/Qwen3-14B", False),
+        ("~/models", False),
+        ("Qwen", False),
+        ("a/b/c", False),
+        ("models/config.json", False),
+    ],
+)
+def test_what_names_a_model_of_the_hub(path: str, expected: bool, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    assert is_hub_id(path, tmp_path) is expected
 
 
 def test_another_family_of_models_is_refused() -> None:
