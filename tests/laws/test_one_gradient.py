@@ -17,6 +17,11 @@ MODEL = {
     "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "initializer_range": 0.2, "tie_word_embeddings": False, "max_position_embeddings": 512,
 }  # fmt: skip
+QWEN2 = MODEL | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+MOE = MODEL | {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "decoder_sparse_step": 1,
+}  # fmt: skip
 # One step over samples 0..7, packed in different ways; [] is a pack without samples.
 ONE_A_PACK = [[0], [1], [2], [3], [4], [5], [6], [7]]
 TWO_A_PACK = [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -46,7 +51,9 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("gradient")
     (folder / "config.json").write_text(json.dumps(MODEL))
     (folder / "tied.json").write_text(json.dumps(MODEL | {"tie_word_embeddings": True}))
-    tied = {"model__path": str(folder / "tied.json")}
+    (folder / "qwen2.json").write_text(json.dumps(QWEN2))
+    (folder / "moe.json").write_text(json.dumps(MOE))
+    tied, qwen2, moe = ({"model__path": str(folder / f"{name}.json")} for name in ("tied", "qwen2", "moe"))
     lora = {"kind": "lora", "rank": 4, "alpha": 8}
     recompute = {"model__activation_checkpointing": True}
     one_process = {
@@ -57,6 +64,8 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         "recompute": (TWO_A_PACK, recompute),
         "lora reference": (ONE_A_PACK, {"method": lora}),
         "tied reference": (ONE_A_PACK, tied),
+        "qwen2 reference": (ONE_A_PACK, qwen2),
+        "moe reference": (ONE_A_PACK, moe),
     }
     two_processes = {
         "2 processes": (ONE_A_PACK, {}),
@@ -68,6 +77,9 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         "2 processes zero-3 recompute": (TWO_A_PACK, {"zero__stage": 3, **recompute}),
         "tied 2 processes": (UNEVEN_WITH_EMPTY, tied),
         "tied 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"zero__stage": 3, **tied}),
+        "qwen2 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"zero__stage": 3, **qwen2}),
+        "moe 2 processes": (UNEVEN_WITH_EMPTY, moe),
+        "moe 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"zero__stage": 3, **moe, **recompute}),
         "lora 2 processes": (UNEVEN_WITH_EMPTY, {"method": lora}),
         "lora 2 processes recompute": (TWO_A_PACK, {"method": lora, **recompute}),
         "lora 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"method": lora, "zero__stage": 3, **recompute}),
@@ -97,7 +109,10 @@ FULL = [
     "2 processes uneven", "2 processes, one empty", "2 processes zero-3", "2 processes zero-3 uneven",
     "2 processes zero-3 recompute",
 ]  # fmt: skip
-TIED = ["tied 2 processes", "tied 2 processes zero-3"]
+OTHER_MODELS = [
+    "tied 2 processes", "tied 2 processes zero-3", "qwen2 2 processes zero-3", "moe 2 processes",
+    "moe 2 processes zero-3",
+]  # fmt: skip
 LORA = ["lora 2 processes", "lora 2 processes recompute", "lora 2 processes zero-3"]
 
 
@@ -106,8 +121,8 @@ def test_the_gradient_does_not_depend_on_how_the_step_is_computed(steps: dict[st
     assert_same_step(steps[name], steps["reference"])
 
 
-@pytest.mark.parametrize("name", TIED + LORA)
-def test_nor_with_tied_embeddings_nor_of_adapters(steps: dict[str, dict], name: str) -> None:
+@pytest.mark.parametrize("name", OTHER_MODELS + LORA)
+def test_nor_with_other_models_nor_of_adapters(steps: dict[str, dict], name: str) -> None:
     assert_same_step(steps[name], steps[f"{name.split()[0]} reference"])
 
 
