@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen_dist.data.messages import Conversation, Message
 from qwen_dist.data.rows import BadRow
-from qwen_dist.data.tokenizer import STOP_TOKEN, ChatTokenizer, Piece
+from qwen_dist.data.tokenizer import STOP_TOKEN, ChatTokenizer, Piece, join_pieces
 
 MODES = ("plain", "think", "no_think")
 # Noncharacters of Unicode: no text means anything by them, so one that the row lacks can mark its special strings.
@@ -57,6 +57,21 @@ def turns_of(conversation: Conversation, tokenizer: ChatTokenizer) -> list[Turn]
             raise BadRow(f"message {message.index}: the chat template closes the turn more than once")
         turns.append(Turn(tokenizer.pieces(prompt, mark), response_pieces, mode, message.index or 0))
     return turns
+
+
+def prompt_ids(messages: list[dict[str, Any]], tokenizer: ChatTokenizer, enable_thinking: bool | None) -> list[int]:
+    """What serving feeds for the next answer, cut as in training: control tokens in the messages' text stay text.
+
+    Args:
+        messages: as the template takes them.
+        enable_thinking: None leaves the template's default.
+    """
+    mark = _mark_for(messages, None, tokenizer)
+    marked = tokenizer.mark_special(messages, mark) if mark else messages
+    pieces = tokenizer.pieces(
+        tokenizer.render(marked, add_generation_prompt=True, enable_thinking=enable_thinking), mark
+    )
+    return join_pieces(pieces, tokenizer.encode_pieces(pieces))
 
 
 def _response(prompt: str, full: str, message: dict[str, Any]) -> str:

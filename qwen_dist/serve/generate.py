@@ -16,6 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
+from qwen_dist.data.spans import prompt_ids
+from qwen_dist.data.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_dist.errors import EnvironmentNotReady, UserError
 from qwen_dist.run_dir import RunDir
 from qwen_dist.serve.sampling import Mode, sampling_of
@@ -56,13 +58,13 @@ class ChatModel:
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    template: ChatTokenizer
     stop_ids: frozenset[int]
     default_think: bool | None = field(default=None)
 
     def prompt(self, messages: list[Message], think: bool | None) -> str:
         """The text that the model continues, from its own template; `think` None leaves the template's default."""
-        chosen: dict[str, Any] = {} if think is None else {"enable_thinking": think}
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **chosen)
+        return self.template.render(list(messages), add_generation_prompt=True, enable_thinking=think)
 
     def resolve_mode(self, think: bool | None) -> tuple[bool | None, Mode]:
         """What to ask the template for, and the mode that this is.
@@ -97,6 +99,7 @@ def load_chat_model(path: str) -> ChatModel:
     source = chat_source(path)
     on_gpu = torch.cuda.is_available()
     try:
+        template = load_tokenizer(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.bfloat16 if on_gpu else "auto", use_safetensors=True
@@ -106,15 +109,13 @@ def load_chat_model(path: str) -> ChatModel:
         raise UserError(
             f"{path}: cannot be loaded ({reason}); give a run directory, a model folder or a hub id."
         ) from None
-    if not tokenizer.chat_template:
-        raise UserError(f"{path} has no chat template; add the chat_template.jinja of the model it was made from.")
     try:
         model = model.to("cuda" if on_gpu else "cpu")
     except torch.OutOfMemoryError:
         raise EnvironmentNotReady(
             f"{path} does not fit on this GPU; serve it over several: vllm serve {source}"
         ) from None
-    return ChatModel(path, model, tokenizer, _stop_ids(path, model), _default_think(Path(source)))
+    return ChatModel(path, model, tokenizer, template, _stop_ids(path, model), _default_think(Path(source)))
 
 
 def chat_source(path: str) -> str:
@@ -153,8 +154,7 @@ def generate_answer(chat: ChatModel, messages: list[Message], options: Options, 
         UserError: the mode is not one of this model's, or the conversation fills its context.
     """
     wish, mode = chat.resolve_mode(options.think)
-    prompt = chat.prompt(messages, wish)
-    ids_1T = chat.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(chat.model.device)
+    ids_1T = torch.tensor([prompt_ids(messages, chat.template, wish)], device=chat.model.device)
     context_tokens = int(chat.model.config.max_position_embeddings)
     if ids_1T.shape[1] >= context_tokens:
         raise UserError(
@@ -162,7 +162,7 @@ def generate_answer(chat: ChatModel, messages: list[Message], options: Options, 
         )
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    listener = _Listener(chat, ReasoningSplit(_opens_reasoning(prompt)), Answer(mode), on_part)
+    listener = _Listener(chat, ReasoningSplit(_opens_reasoning(chat.prompt(messages, wish))), Answer(mode), on_part)
     max_new_tokens = min(options.max_new_tokens, context_tokens - ids_1T.shape[1])
     started = time.monotonic()
     try:
