@@ -1,10 +1,28 @@
 """`python -m qwen_dist.train RUN_DIR`: what the launcher starts on every rank."""
 
+import json
+import os
 import sys
+from pathlib import Path
 
-from qwen_dist.train.main import main
+from qwen_dist.errors import EXIT_USAGE
+
+
+def choose_accelerator(run_dir: Path) -> None:
+    """Tell DeepSpeed to compute on the CPU where the run says so; it reads this when it is imported (0.19.8)."""
+    try:
+        device = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["config"]["cluster"]["device"]
+    except (OSError, ValueError, KeyError, TypeError):
+        print(f"error: {run_dir} has no readable run.json; start a run with qwen-dist train.", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m qwen_dist.train RUN_DIR")
+    choose_accelerator(Path(sys.argv[1]))
+    from qwen_dist.train.main import main
+
     sys.exit(main(sys.argv[1]))

@@ -7,14 +7,17 @@ succeeded, rank 0 writes the manifest, syncs, and renames. What bears the name `
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
 
@@ -125,9 +128,12 @@ def _write_share(engine: Engine, partial: Path, state: State) -> str | None:
     """Write this rank's files and sync them to disk; what went wrong, or None."""
     rank = engine.world.rank
     try:
-        engine.ds_engine.save_checkpoint(
-            str(partial), tag=TAG, save_latest=False, exclude_frozen_parameters=_saves_trained_only(engine)
-        )
+        with _failures_noted(engine.ds_engine) as failures:
+            engine.ds_engine.save_checkpoint(
+                str(partial), tag=TAG, save_latest=False, exclude_frozen_parameters=_saves_trained_only(engine)
+            )
+        if failures:
+            return _sentence_of(failures[0])
         torch.save(_rng_state(engine.world), partial / _rng_name(rank))
         if engine.world.is_main:
             write_json(partial / STATE, asdict(state))
@@ -135,8 +141,38 @@ def _write_share(engine: Engine, partial: Path, state: State) -> str | None:
             if f"rank_{rank}_" in path.name or path.name == _rng_name(rank) or engine.world.is_main:
                 _fsync_file(path)
     except (OSError, RuntimeError) as error:
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return _sentence_of(error)
     return None
+
+
+@contextlib.contextmanager
+def _failures_noted(ds_engine: deepspeed.DeepSpeedEngine) -> Iterator[list[Exception]]:
+    """Note a write that fails inside DeepSpeed's save instead of raising it there.
+
+    The ranks meet in DeepSpeed's own barriers after their writes (0.19.8): one that left early would leave the others
+    waiting until the collective timeout. Its copies of conversion scripts are left out; `export` does their work.
+    """
+    failures: list[Exception] = []
+    writer = ds_engine.checkpoint_engine
+    plain_save = writer.save
+
+    def save(*arguments: Any, **options: Any) -> Any:
+        try:
+            return plain_save(*arguments, **options)
+        except (OSError, RuntimeError) as error:
+            failures.append(error)
+            return None
+
+    writer.save = save
+    ds_engine._copy_recovery_script = lambda path: None
+    try:
+        yield failures
+    finally:
+        del writer.save, ds_engine._copy_recovery_script
+
+
+def _sentence_of(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _commit(partial: Path, final: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -72,14 +73,11 @@ def start_world(device: str) -> World:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     torch_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(torch_device)
-    import deepspeed  # after DS_ACCELERATOR is set: it is read at import
-
-    if not use_cuda:
+    else:
         # DeepSpeed (0.19.8) would compile a shared-memory op for a minute; only its inference all-reduce uses it.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)

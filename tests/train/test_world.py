@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 from qwen_dist.train.world import rank_environment
 
 
@@ -23,3 +26,9 @@ def test_a_batch_script_is_no_task() -> None:
     """In an allocation of 16 tasks, `python -m qwen_dist.train` without srun is one process."""
     given = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}
     assert rank_environment(given)["WORLD_SIZE"] == "1"
+
+
+def test_a_folder_that_is_no_run_is_refused_in_a_sentence(tmp_path) -> None:
+    done = subprocess.run([sys.executable, "-m", "qwen_dist.train", str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path} has no readable run.json; start a run with qwen-dist train.\n"
