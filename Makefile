@@ -31,7 +31,7 @@ format: $(STAMP) ## Rewrite the code in the project's style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-slurm-up: ## Start a Slurm of two nodes on this machine (needs root, slurm-wlm and munge)
+slurm-up: $(STAMP) ## Start a Slurm of two nodes on this machine (needs root, slurm-wlm and munge)
 	@$(SLURM) up
 
 slurm-down: ## Stop it and remove its state

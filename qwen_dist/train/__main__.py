@@ -24,5 +24,6 @@ if __name__ == "__main__":
         sys.exit("usage: python -m qwen_dist.train RUN_DIR")
     choose_accelerator(Path(sys.argv[1]))
     from qwen_dist.train.main import main
+    from qwen_dist.train.world import exit_at_once
 
-    sys.exit(main(sys.argv[1]))
+    exit_at_once(main(sys.argv[1]))

@@ -98,7 +98,7 @@ def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:
         if reporter is not None:
             reporter.close()
     # DeepSpeed's launcher ends every rank 30 s after the first that leaves with 75: rank 0 may still talk to W&B.
-    world.all_succeeded(True)
+    world.leave()
     return state, plan.num_steps
 
 

@@ -22,7 +22,7 @@ from qwen_dist.config import Run
 from qwen_dist.data.batches import build_micro_batch
 from qwen_dist.train.engine import make_engine
 from qwen_dist.train.loss import IGNORED
-from qwen_dist.train.world import World, start_world
+from qwen_dist.train.world import World, exit_at_once, start_world
 
 VOCAB_SIZE = 64
 
@@ -68,3 +68,5 @@ if __name__ == "__main__":
     this_world = start_world("cpu")
     for one_spec in json.loads(Path(sys.argv[1]).read_text()):
         one_step(one_spec, this_world)
+    this_world.leave()
+    exit_at_once(0)

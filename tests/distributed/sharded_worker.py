@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
 from qwen_dist.train.model import build_model
-from qwen_dist.train.world import start_world
+from qwen_dist.train.world import exit_at_once, start_world
 
 if __name__ == "__main__":
     world = start_world("cpu")
@@ -27,3 +27,5 @@ if __name__ == "__main__":
         "held_share": sum(parameter.ds_tensor.numel() for parameter in parameters),
     }
     (Path(sys.argv[2]) / f"rank_{world.rank}.json").write_text(json.dumps(found))
+    world.leave()
+    exit_at_once(0)
