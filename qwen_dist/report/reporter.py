@@ -28,7 +28,7 @@ class Reporter:
         self._metrics = MetricsFile(run_dir.metrics, resumed_step)
         self._progress = Progress(num_steps, resumed_step + 1)
         wandb = run.tracking.wandb
-        tracked = wandb is not None and wandb.mode != "disabled" and wandb_id is not None
+        tracked = wandb is not None and wandb.mode != "disabled"
         self._tracker = Tracker(run, wandb_id, run_dir.path) if tracked and wandb_id else None
 
     def step(self, entry: dict[str, Any]) -> None:

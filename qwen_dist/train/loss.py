@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-IGNORED = -100
+from qwen_dist.data.prepared import NOT_TRAINED
+
 # Rows of logits turned to fp32 at a time: 256 x 151,936 x 4 bytes = 156 MB, whatever max_tokens is.
 CHUNK_ROWS = 256
 
@@ -26,9 +27,9 @@ def supervised_positions(labels_1T: torch.Tensor) -> tuple[torch.Tensor, torch.T
         parameter still takes part in backward (ZeRO waits for each parameter's gradient).
     """
     next_labels_T = labels_1T[0, 1:]
-    positions_N = torch.nonzero(next_labels_T != IGNORED).squeeze(1)
+    positions_N = torch.nonzero(next_labels_T != NOT_TRAINED).squeeze(1)
     if positions_N.numel() == 0:
-        return positions_N.new_zeros(1), labels_1T.new_full((1,), IGNORED)
+        return positions_N.new_zeros(1), labels_1T.new_full((1,), NOT_TRAINED)
     return positions_N, next_labels_T[positions_N]
 
 
@@ -46,7 +47,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, logits_NV.shape[0], CHUNK_ROWS):
             rows_CV = logits_NV[start : start + CHUNK_ROWS]
             targets_C = targets_N[start : start + CHUNK_ROWS]
-            counted_C = targets_C != IGNORED
+            counted_C = targets_C != NOT_TRAINED
             index_C1 = targets_C.clamp(min=0).unsqueeze(1)
             log_probs_CV = torch.log_softmax(rows_CV.float(), dim=-1)
             nll_sum -= (log_probs_CV.gather(1, index_C1).squeeze(1) * counted_C).sum()

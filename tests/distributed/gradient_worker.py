@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
 from qwen_dist.data.batches import build_micro_batch
+from qwen_dist.data.prepared import NOT_TRAINED
 from qwen_dist.train.engine import make_engine
-from qwen_dist.train.loss import IGNORED
 from qwen_dist.train.world import World, exit_at_once, start_world
 
 VOCAB_SIZE = 64
@@ -33,7 +33,7 @@ class NumberedSamples:
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         numbers = np.random.default_rng(index)
         ids_T = numbers.integers(0, VOCAB_SIZE, size=int(numbers.integers(6, 30))).astype(np.int32)
-        labels_T = np.where(np.arange(len(ids_T)) < len(ids_T) // 2, IGNORED, ids_T).astype(np.int32)
+        labels_T = np.where(np.arange(len(ids_T)) < len(ids_T) // 2, NOT_TRAINED, ids_T).astype(np.int32)
         return ids_T, labels_T
 
 
