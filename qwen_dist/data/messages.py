@@ -37,6 +37,7 @@ class Message:
         reasoning: the thinking before the content, without its tags; "" where there is none.
         tool_calls: [{"name", "arguments"}]; arguments as the row has them: an object, or a string that holds one.
         index: position in the row's own list of messages; None for one that came from elsewhere.
+        weight: of an assistant turn's tokens in the loss; 0: it is part of the history only.
     """
 
     role: str
@@ -44,6 +45,7 @@ class Message:
     reasoning: str = ""
     tool_calls: tuple[dict[str, Any], ...] = ()
     index: int | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,22 @@ class Conversation:
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of text and the weight of its tokens in the loss; 0: fed, not trained."""
+
+    text: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class RawText:
+    """A row without a chat template: stretches of text, and whether an end-of-text token is trained after the last."""
+
+    segments: tuple[Segment, ...]
+    end_of_text: bool = False
 
 
 def read_message(raw: Any, index: int) -> Message:
