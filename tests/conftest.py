@@ -6,6 +6,7 @@ Tests that need them are skipped with a reason elsewhere; nothing of them is cop
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,59 @@ def qwen3_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         shutil.copy(source, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def qwen3_thinking_folder(qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Qwen3-2507-Thinking: Qwen3's template, whose generation prompt always opens `<think>`."""
+    template = _cut(_template(qwen3_folder), NO_THINK_PROMPT, "")
+    template = _cut(template, "{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>\\n' }}")
+    return _variant(qwen3_folder, tmp_path_factory.mktemp("qwen3-thinking"), template)
+
+
+@pytest.fixture(scope="session")
+def qwen3_instruct_folder(qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Qwen3-2507-Instruct: Qwen3's template without reasoning, which it neither reads, writes nor cuts away."""
+    template = _template(qwen3_folder)
+    between = [
+        (r"{%- set ns = namespace", r"(?={%- for message in messages %})", ""),
+        (r" *{%- set reasoning_content = '' %}\n", r"(?= *{%- if message.tool_calls %})", INSTRUCT_TURN),
+        (re.escape(NO_THINK_PROMPT), "", ""),
+    ]
+    for start, end, text in between:
+        template, num_found = re.subn(f"{start}.*?{end}", lambda _, text=text: text, template, flags=re.DOTALL)
+        assert num_found == 1, start
+    assert "think" not in template and "reasoning" not in template
+    return _variant(qwen3_folder, tmp_path_factory.mktemp("qwen3-instruct"), template)
+
+
+NO_THINK_PROMPT = """
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}"""
+INSTRUCT_TURN = """        {{- '<|im_start|>' + message.role + '\\n' + content }}
+"""
+
+
+def _template(folder: Path) -> str:
+    return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+def _cut(template: str, old: str, new: str) -> str:
+    """`template` with its one `old` replaced."""
+    assert template.count(old) == 1, old
+    return template.replace(old, new)
+
+
+def _variant(folder: Path, target: Path, template: str) -> Path:
+    """A copy of the tokenizer in `folder` with another chat template."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, target / name)
+    config = json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config.pop("chat_template", None)
+    (target / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return target
 
 
 @pytest.fixture
