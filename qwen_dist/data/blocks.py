@@ -1,0 +1,103 @@
+"""A file's content as blocks of bytes or as lines, unpacked on the way, never whole in memory."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, Literal
+
+from qwen_dist.data.rows import UTF8_BOM, place, shown
+from qwen_dist.errors import UserError
+
+Compression = Literal["", "gzip", "zstd"]
+
+BLOCK_BYTES = 1 << 20
+# A frame unpacks to at most 32,768 times its size, 128 KiB a block of four bytes: small bites keep memory small.
+ZSTD_BITE_BYTES = 8 << 10
+# A row of 50 MB is odd and read; one of 256 MiB is a quote or a bracket that was never closed.
+MAX_ROW_BYTES = 256 << 20
+
+
+class _Damaged(Exception):
+    """The packed bytes end early or are not what they should be; the message says which."""
+
+
+def blocks(path: str, compression: Compression, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """The unpacked content in pieces of about `block_bytes`.
+
+    Raises:
+        UserError: the file cannot be read, or its compressed data is cut off or damaged; with the line.
+    """
+    num_lines = 0
+    unpacked = {"": _plain, "gzip": _gzip, "zstd": _zstd}[compression]
+    try:
+        with open(path, "rb") as stream:
+            for block in unpacked(stream, block_bytes):
+                num_lines += block.count(b"\n")
+                if block:
+                    yield block
+    except _Damaged as error:
+        raise UserError(
+            f"{place(path, 'line', num_lines + 1)}: the {compression} data {error} here; copy or pack the file again."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be read: {error.strerror or error}; check its permissions.") from error
+
+
+def lines(path: str, compression: Compression) -> Iterator[bytes]:
+    r"""The unpacked lines, each with its \n where it has one, the first without a byte order mark.
+
+    Raises:
+        UserError: as `blocks`, or a line is larger than a row can be.
+    """
+    rest = b""
+    number = 1
+    for block in blocks(path, compression):
+        *ended, rest = (rest + block).split(b"\n")
+        for line in ended:
+            yield (line.removeprefix(UTF8_BOM) if number == 1 else line) + b"\n"
+            number += 1
+        if len(rest) > MAX_ROW_BYTES:
+            raise UserError(f"{place(path, 'line', number)}: {too_large('line')}")
+    if rest:
+        yield rest.removeprefix(UTF8_BOM) if number == 1 else rest
+
+
+def too_large(what: str) -> str:
+    """The end of a sentence about a row that is none."""
+    return f"this {what} is larger than {MAX_ROW_BYTES >> 20} MiB; close its quote or bracket, or split the row."
+
+
+def _plain(stream: BinaryIO, block_bytes: int) -> Iterator[bytes]:
+    while block := stream.read(block_bytes):
+        yield block
+
+
+def _gzip(stream: BinaryIO, block_bytes: int) -> Iterator[bytes]:
+    try:
+        with gzip.GzipFile(fileobj=stream) as unpacked:
+            while block := unpacked.read(block_bytes):
+                yield block
+    except EOFError as error:
+        raise _Damaged("is cut off") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise _Damaged(f"is damaged ({error})") from error
+
+
+def _zstd(stream: BinaryIO, block_bytes: int) -> Iterator[bytes]:
+    """Frame by frame, since the library's own stream reader takes a cut-off frame for a whole one."""
+    import zstandard
+
+    frame = None
+    try:
+        while packed := stream.read(min(block_bytes, ZSTD_BITE_BYTES)):
+            while packed:
+                # --long=31 needs a window of 2 GiB; the frame asks for what it needs.
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                yield frame.decompress(packed)
+                packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    except zstandard.ZstdError as error:
+        raise _Damaged(f"is damaged ({error})") from error
+    if frame is not None:
+        raise _Damaged("is cut off")
