@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from launch.run_paths import resolve_paths
 from launch.run_problems import all_keys, misread_booleans, problems_of, section_at
 from launch.yaml_nodes import KeyPath, dotted, read_nodes, read_scalar
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError, did_you_mean
-from qwen_dist.shapes import is_hub_id
 
 ENVIRONMENT_PREFIX = "QWEN_DIST_"
 DEFAULT = "default"
@@ -44,7 +44,7 @@ class Loaded:
 
 
 @dataclass
-class _Values:
+class RawValues:
     """Raw values and the place of each, filled source by source."""
 
     file: str
@@ -88,13 +88,13 @@ def load_run(
         _set(values, name.split("."), read_scalar(text), COMMAND_LINE)
     _drop_empty_sections(values)
     _refuse_secrets(values)
-    _resolve_paths(values, file.absolute().parent)
+    resolve_paths(values, file.absolute().parent)
     run = _validate(values)
     sources = {key: values.places.get(key_path, DEFAULT) for key_path, key in _leaves(run.model_dump())}
     return Loaded(run, sources, run.settings_without_effect(), file)
 
 
-def _read_file(file: Path) -> _Values:
+def _read_file(file: Path) -> RawValues:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -107,10 +107,10 @@ def _read_file(file: Path) -> _Values:
     if not isinstance(raw, dict):
         raise UserError(f"{file}:1: a run file is made of 'key: value' lines; see: qwen-dist init")
     places = {key_path: f"{file}:{line}" for key_path, line in lines.items()}
-    return _Values(str(file), raw, places, problems)
+    return RawValues(str(file), raw, places, problems)
 
 
-def _set(values: _Values, key: list[str], value: Any, place: str) -> None:
+def _set(values: RawValues, key: list[str], value: Any, place: str) -> None:
     """Put one value of the environment or the command line into the raw values."""
     path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key)
     target: Any = values.raw
@@ -152,13 +152,13 @@ def _leaves(value: Any, inner_too: bool = False, path: KeyPath = ()) -> Iterator
         yield from _leaves(child, inner_too, (*path, key))
 
 
-def _drop_empty_sections(values: _Values) -> None:
+def _drop_empty_sections(values: RawValues) -> None:
     """A section whose lines are all commented out reads as null: it is as if it were not there."""
     for key in [key for key, value in values.raw.items() if value is None and section_at((key,))]:
         del values.raw[key]
 
 
-def _refuse_secrets(values: _Values) -> None:
+def _refuse_secrets(values: RawValues) -> None:
     """Keys and tokens in setup lines would end up in run.json, in job.sbatch and at W&B."""
     cluster = values.raw.get("cluster")
     setup = cluster.get("setup") if isinstance(cluster, dict) else None
@@ -168,56 +168,7 @@ def _refuse_secrets(values: _Values) -> None:
             values.complain(("cluster", "setup", index), f"holds a secret ({found[1]}), which would be kept; {fix}")
 
 
-def _resolve_paths(values: _Values, folder: Path) -> None:
-    """Make input paths absolute: of the file against its folder, of other sources against the current folder."""
-
-    def base_of(path: KeyPath) -> Path:
-        return folder if values.place(path).startswith(f"{values.file}:") else Path.cwd()
-
-    model, data = values.raw.get("model"), values.raw.get("data")
-    if isinstance(model, dict):
-        for key in ("path", "tokenizer"):
-            if isinstance(model.get(key), str) and model[key]:
-                model[key] = resolve_model_path(model[key], base_of(("model", key)))
-                _require_file(values, ("model", key), model[key], only=model[key].endswith(".json"))
-    for split in ("train", "eval"):
-        sources = data.get(split) if isinstance(data, dict) else None
-        for index, source in enumerate(sources if isinstance(sources, list) else []):
-            if isinstance(source, dict) and isinstance(source.get("path"), str) and source["path"]:
-                path: KeyPath = ("data", split, index, "path")
-                source["path"] = _absolute(source["path"], base_of(path))
-                _require_file(values, path, source["path"])
-    if isinstance(output_dir := values.raw.get("output_dir", "runs"), str) and output_dir:
-        values.raw["output_dir"] = _absolute(output_dir, Path.cwd())
-
-
-def _require_file(values: _Values, path: KeyPath, file: str, only: bool = True) -> None:
-    if only and os.path.isdir(file):
-        values.complain(path, f"{file} is a folder; name a file")
-    elif only and not os.path.isfile(file):
-        values.complain(path, f"no file {file}{_near_file(file)}")
-    elif only and not os.access(file, os.R_OK):
-        values.complain(path, f"{file} may not be read; check its permissions")
-
-
-def _near_file(file: str) -> str:
-    folder, name = os.path.split(file)
-    return did_you_mean(name, os.listdir(folder)) if os.path.isdir(folder) else ""
-
-
-def _absolute(path: str, base: Path) -> str:
-    return os.path.abspath(os.path.join(base, os.path.expanduser(path)))
-
-
-def resolve_model_path(path: str, base: Path) -> str:
-    """A model or tokenizer: a local path made absolute, or a hub id as it is.
-
-    `Qwen/Qwen3-14B` is a path only where a folder `Qwen` lies beside the run file.
-    """
-    return path if is_hub_id(path, base) else _absolute(path, base)
-
-
-def _validate(values: _Values) -> Run:
+def _validate(values: RawValues) -> Run:
     """The checked run, or every problem at once, in the order of the places."""
     run = None
     try:

@@ -82,8 +82,10 @@ class SystemMessage(SystemText):
     @model_validator(mode="after")
     def _texts_fit_policy(self) -> SystemMessage:
         given = self.given
-        if self.policy in ("default", "replace") and len(given) != 1:
-            raise ValueError(f"policy {self.policy} needs one of text, file and template; it has {len(given)}")
+        if self.policy in ("default", "replace") and not given:
+            raise ValueError(f"policy {self.policy} needs a text, file or template; add one, or set policy to keep")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given; keep one of them")
         if self.policy not in ("default", "replace") and given:
             fix = "put it into choices" if self.policy == "choose" else "remove it, or set policy to default"
             raise ValueError(f"{given[0]} has no effect with policy {self.policy}; {fix}")

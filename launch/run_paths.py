@@ -1,0 +1,109 @@
+"""Input paths of a run, made absolute, and checked as far as a look at the file system can.
+
+A path in the run file is relative to that file; one from the environment or the command line, to the current folder.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.yaml_nodes import KeyPath
+from qwen_dist.errors import did_you_mean
+from qwen_dist.shapes import HUB_ID, is_hub_id
+
+if TYPE_CHECKING:
+    from launch.run_file import RawValues
+
+
+def resolve_paths(values: RawValues, folder: Path) -> None:
+    """Make input paths absolute: of the file against its folder, of other sources against the current folder."""
+
+    def base_of(path: KeyPath) -> Path:
+        return folder if values.place(path).startswith(f"{values.file}:") else Path.cwd()
+
+    model, data = _section(values.raw, "model"), _section(values.raw, "data")
+    for key in ("path", "tokenizer"):
+        if isinstance(model.get(key), str) and model[key]:
+            model[key] = resolve_model_path(model[key], base_of(("model", key)))
+            _require_file(values, ("model", key), model[key], only=model[key].endswith(".json"))
+    _resolve_system_files(values, data, ("data",), base_of)
+    for split in ("train", "eval"):
+        sources = data.get(split)
+        for index, source in enumerate(sources if isinstance(sources, list) else []):
+            if isinstance(source, dict):
+                path: KeyPath = ("data", split, index)
+                _resolve_source(values, source, (*path, "path"), base_of)
+                _resolve_system_files(values, source, path, base_of)
+    if isinstance(output_dir := values.raw.get("output_dir", "runs"), str) and output_dir:
+        values.raw["output_dir"] = _absolute(output_dir, Path.cwd())
+
+
+def _resolve_source(
+    values: RawValues, source: dict[str, Any], path: KeyPath, base_of: Callable[[KeyPath], Path]
+) -> None:
+    """Where the rows lie: a file, a folder, a pattern, or with split a dataset, which may be one of the hub."""
+    if not isinstance(source.get("path"), str) or not source["path"]:
+        return
+    if source.get("split") is not None:
+        source["path"] = resolve_model_path(source["path"], base_of(path))
+        return
+    given, source["path"] = source["path"], _absolute(source["path"], base_of(path))
+    if os.path.exists(source["path"]) or not glob.has_magic(source["path"]):
+        _require_file(values, path, source["path"], or_folder=True, given=given)
+
+
+def _resolve_system_files(
+    values: RawValues, owner: dict[str, Any], path: KeyPath, base_of: Callable[[KeyPath], Path]
+) -> None:
+    """Files of system messages: of the policy itself, and of its choices."""
+    system = _section(owner, "system")
+    choices = system.get("choices")
+    texts = [(system, (*path, "system", "file"))]
+    for number, choice in enumerate(choices if isinstance(choices, list) else []):
+        if isinstance(choice, dict):
+            texts.append((choice, (*path, "system", "choices", number, "file")))
+    for text, key in texts:
+        if isinstance(text.get("file"), str) and text["file"]:
+            text["file"] = _absolute(text["file"], base_of(key))
+            _require_file(values, key, text["file"])
+
+
+def _section(owner: dict[str, Any], key: str) -> dict[str, Any]:
+    """The section `key`, or an empty one where there is none."""
+    section = owner.get(key)
+    return section if isinstance(section, dict) else {}
+
+
+def _require_file(
+    values: RawValues, path: KeyPath, file: str, only: bool = True, or_folder: bool = False, given: str = ""
+) -> None:
+    if not only:
+        return
+    if os.path.isdir(file) and not or_folder:
+        values.complain(path, f"{file} is a folder; name a file")
+    elif not os.path.exists(file):
+        hub = "; for a dataset of the hub add split: train" if HUB_ID.fullmatch(given) else ""
+        values.complain(path, f"no file {file}{_near_file(file) or hub}")
+    elif not os.access(file, os.R_OK):
+        values.complain(path, f"{file} may not be read; check its permissions")
+
+
+def _near_file(file: str) -> str:
+    folder, name = os.path.split(file)
+    return did_you_mean(name, os.listdir(folder)) if os.path.isdir(folder) else ""
+
+
+def _absolute(path: str, base: Path) -> str:
+    return os.path.abspath(os.path.join(base, os.path.expanduser(path)))
+
+
+def resolve_model_path(path: str, base: Path) -> str:
+    """A model or tokenizer: a local path made absolute, or a hub id as it is.
+
+    `Qwen/Qwen3-14B` is a path only where a folder `Qwen` lies beside the run file.
+    """
+    return path if is_hub_id(path, base) else _absolute(path, base)
