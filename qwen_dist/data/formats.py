@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
-from qwen_dist.data.messages import Conversation, Message, read_assistant, read_message, read_tools
-from qwen_dist.data.rows import BadRow, kind_of, shown
+from qwen_dist.config import Source
+from qwen_dist.data.columns import NEEDED, OF_MESSAGES, OPTIONAL, fits, keys_of, names_of, needed_keys
+from qwen_dist.data.conversations import read_conversation
+from qwen_dist.data.json_values import from_json, listed
+from qwen_dist.data.messages import MESSAGE_KEYS, Conversation, RawText
+from qwen_dist.data.rows import BadRow, shown
+from qwen_dist.data.texts import read_continuation, read_segments, read_text
 from qwen_dist.errors import UserError, did_you_mean
 
-# Keys that we read, by format; the first ones are needed in every row.
-NEEDED = {"messages": ("messages",), "conversations": ("conversations",), "alpaca": ("instruction", "output")}
-OPTIONAL = {"messages": ("tools",), "conversations": ("system", "tools"), "alpaca": ("input", "history", "system")}
-
-
-def keys_of(row_format: str) -> tuple[str, ...]:
-    """Every key that a row of this format may have for us."""
-    return NEEDED[row_format] + OPTIONAL[row_format]
+MAX_SHOWN_KEYS = 20
+# Names that files give to a key of ours: told in the error, never guessed.
+LIKE = {
+    "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
+    "prompt": ("question", "query", "problem", "instruction", "input"),
+    "completion": ("answer", "output", "solution", "target"),
+    "text": ("content", "document", "body"),
+}
 
 
 def detect_format(path: str, row_format: str, columns: dict[str, str], first_rows: list[dict[str, Any]]) -> str:
@@ -29,25 +36,15 @@ def detect_format(path: str, row_format: str, columns: dict[str, str], first_row
     Raises:
         UserError: no format fits, or `columns` names a key that is not ours or that the rows lack.
     """
-    seen = sorted({key for row in first_rows for key in row})
-    ours = {key for row in first_rows for key in row} | {key for key, name in columns.items() if name in seen}
-    if row_format == "auto":
-        row_format = next((name for name, keys in NEEDED.items() if ours.issuperset(keys)), "")
-    if not row_format and first_rows:
-        known = "; ".join(f"{name} ({', '.join(keys)})" for name, keys in NEEDED.items())
-        raise UserError(
-            f"{shown(path)}: no known format has the keys {', '.join(seen)}; known: {known}. "
-            "Name yours with columns, as {instruction: question, output: answer}."
-        )
-    row_format = row_format or "messages"
-    for key in columns:
-        if key not in keys_of(row_format):
-            known_keys = list(keys_of(row_format))
-            raise UserError(
-                f"{shown(path)}: columns has {key}, which format {row_format} does not read"
-                f"{did_you_mean(key, known_keys)}; known: {', '.join(known_keys)}."
-            )
-    check_columns(path, {key: columns[key] for key in NEEDED[row_format] if key in columns}, set(seen), set(seen))
+    seen = list(dict.fromkeys(key for row in first_rows for key in row))
+    _check_keys(path, row_format, columns)
+    if row_format == "auto" and first_rows:
+        row_format = next((name for name in NEEDED if fits(name, columns, set(seen))), "")
+        if not row_format:
+            raise UserError(f"{shown(path)}: {_no_format(seen, columns, first_rows)}")
+    row_format = "messages" if row_format == "auto" else row_format
+    needed = {key for keys in NEEDED[row_format] for key in keys}
+    check_columns(path, {key: name for key, name in columns.items() if key in needed}, set(seen), seen)
     return row_format
 
 
@@ -61,55 +58,133 @@ def check_columns(path: str, columns: dict[str, str], present: set[str], seen: I
             )
 
 
-def conversation_of(row: dict[str, Any], row_format: str, columns: dict[str, str]) -> Conversation:
+def unread_keys(
+    first_rows: list[dict[str, Any]], row_format: str, columns: dict[str, str], also_read: set[str]
+) -> list[str]:
+    """Keys with a value that nothing reads, in the rows' order; those of messages as messages[].name.
+
+    Args:
+        row_format: as `detect_format` returned it.
+        also_read: the file's keys that other settings read, as a curriculum's column.
+    """
+    names = names_of(row_format, tuple(columns.items()))
+    found: dict[str, None] = {}
+    for row in first_rows:
+        needed = needed_keys(row_format, names, row)
+        read = {name for key, name in names.items() if key in needed or key in OPTIONAL[row_format]} | also_read
+        for key, value in row.items():
+            if value is not None and key not in read:
+                found[key] = None
+        if row_format in OF_MESSAGES:
+            for name in (names[key] for key in needed):
+                found.update(dict.fromkeys(f"{name}[].{key}" for key in _unread_in_messages(row.get(name))))
+    return list(found)
+
+
+def settings_without_effect(source: Source, row_format: str) -> list[str]:
+    """Settings of a source that rows of this format do not heed."""
+    given = source.model_fields_set & {"text_split", "end_of_text"}
+    return sorted(given) if row_format != "continuation" else []
+
+
+def read_row(row: dict[str, Any], row_format: str, source: Source, row_hash: int) -> Conversation | RawText:
     """A row in normal form.
+
+    Args:
+        row_format: as `detect_format` returned it.
+        source: its columns, text_split and end_of_text are heeded.
+        row_hash: 64-bit hash of the row's content, which decides where a text is cut.
 
     Raises:
         BadRow: keys missing or of a wrong type, or a message that is malformed.
     """
-    values = {key: row.get(columns.get(key, key)) for key in keys_of(row_format)}
-    for key in NEEDED[row_format]:
-        if values[key] is None:
-            raise BadRow(f"no {columns.get(key, key)}")
-    if row_format == "alpaca":
-        return _alpaca(values, columns)
-    entries = values[row_format]
-    if not isinstance(entries, list):
-        raise BadRow(f"{columns.get(row_format, row_format)} is {kind_of(entries)}, not a list")
-    if not entries:
-        raise BadRow(f"{columns.get(row_format, row_format)} is empty")
-    messages = [read_message(entry, index) for index, entry in enumerate(entries)]
-    return Conversation((*_row_system(values, messages), *messages), read_tools(values.get("tools")))
+    names = names_of(row_format, tuple(source.columns.items()))
+    needed = needed_keys(row_format, names, row)
+    values = {key: row.get(name) for key, name in names.items()}
+    if any(values.get(key) is None for key in needed):
+        raise BadRow(_missing(row_format, names, values, needed))
+    if row_format == "segments":
+        return read_segments(listed(values["segments"], names["segments"]), names["segments"])
+    if row_format == "continuation":
+        if needed == ("text",):
+            return read_text(values["text"], source.text_split, source.end_of_text, row_hash, names["text"])
+        context, continuation = ((values[key], names[key]) for key in needed)
+        return read_continuation(context, continuation, source.end_of_text)
+    return read_conversation(row_format, values, names, needed)
 
 
-def _row_system(values: dict[str, Any], messages: list[Message]) -> list[Message]:
-    """The system message of a row-level `system`; an empty one is none."""
-    system = values.get("system")
-    if system is None or system == "":
-        return []
-    if not isinstance(system, str):
-        raise BadRow(f"system is {kind_of(system)}, not a string")
-    if messages and messages[0].role == "system":
-        raise BadRow("a system message both in the row and in its messages")
-    return [Message("system", system)]
+def conversation_of(row: dict[str, Any], row_format: str, columns: dict[str, str]) -> Conversation:
+    """`read_row` of a source that has nothing but columns, for rows of messages."""
+    conversation = read_row(row, row_format, Source(path="rows", columns=columns), 0)
+    assert isinstance(conversation, Conversation)
+    return conversation
 
 
-def _alpaca(values: dict[str, Any], columns: dict[str, str]) -> Conversation:
-    for key in ("instruction", "input", "output"):
-        if not isinstance(values[key], str | None):
-            raise BadRow(f"{columns.get(key, key)} is {kind_of(values[key])}, not a string")
-    history = values["history"] or []
-    if not isinstance(history, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
-    ):
-        raise BadRow("history is not a list of [user, assistant] pairs of strings")
-    instruction, more = values["instruction"], values["input"]
-    user = f"{instruction}\n{more}" if instruction and more else instruction or more or ""
-    messages: list[Message] = []
-    for asked, answered in [*history, (user, values["output"])]:
-        messages.append(Message("user", asked, index=len(messages)))
-        try:
-            messages.append(read_assistant(answered, "", (), len(messages)))
-        except BadRow as error:
-            raise BadRow(f"the answer {error}" if answered == values["output"] else f"history {error}") from None
-    return Conversation((*_row_system(values, messages), *messages))
+def _check_keys(path: str, row_format: str, columns: dict[str, str]) -> None:
+    """Refuse columns that map a key which is not ours, or two of our keys to one of the file's."""
+    readers = NEEDED if row_format == "auto" else (row_format,)
+    known = list(dict.fromkeys(key for name in readers for key in keys_of(name)))
+    for key in columns:
+        if key not in known:
+            what = "no format reads" if row_format == "auto" else f"format {row_format} does not read"
+            raise UserError(
+                f"{shown(path)}: columns has {key}, which {what}{did_you_mean(key, known)}; known: {', '.join(known)}."
+            )
+    twice = next((name for name, number in Counter(columns.values()).items() if number > 1), None)
+    if twice is not None:
+        keys = " and ".join(key for key, name in columns.items() if name == twice)
+        raise UserError(f"{shown(path)}: columns gives {twice} to {keys}; it can be read as one of them only.")
+
+
+def _missing(row_format: str, names: dict[str, str], values: dict[str, Any], needed: tuple[str, ...]) -> str:
+    """What a row lacks; all the alternatives where it has nothing of any."""
+    missing = [key for key in needed if values.get(key) is None]
+    if len(missing) < len(needed) or len(NEEDED[row_format]) == 1:
+        return f"no {' and no '.join(names.get(key, key) for key in missing)}"
+    every = (" and ".join(names.get(key, key) for key in keys) for keys in NEEDED[row_format])
+    return f"no {', and no '.join(every)}"
+
+
+def _unread_in_messages(value: Any) -> list[str]:
+    """Keys of messages that nothing reads; none where the value is malformed, which is told elsewhere."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(BadRow):
+            value = from_json(value, "")
+    entries = [raw for raw in value if isinstance(raw, dict)] if isinstance(value, list) else []
+    return [key for raw in entries for key in raw if key not in MESSAGE_KEYS and raw[key] is not None]
+
+
+def _no_format(seen: list[str], columns: dict[str, str], first_rows: list[dict[str, Any]]) -> str:
+    """Why no format fits, with what to do about it."""
+    hint = _similar(seen) or _nested(columns, first_rows)
+    if not hint:
+        alternatives = {name: "; ".join(", ".join(keys) for keys in NEEDED[name]) for name in NEEDED}
+        known = ", ".join(f"{name} ({keys})" for name, keys in alternatives.items())
+        hint = (
+            f"known: {known}. Name your keys with columns, as {{prompt: question, completion: answer}}, or set format"
+        )
+    return f"no known format has the keys {', '.join(seen[:MAX_SHOWN_KEYS])}; {hint}."
+
+
+def _similar(seen: list[str]) -> str:
+    """The columns that would make these keys those of a format; "" where none would."""
+    for alternatives in NEEDED.values():
+        for keys in alternatives:
+            found = {key: next((name for name in (key, *LIKE.get(key, ())) if name in seen), "") for key in keys}
+            others = {key: name for key, name in found.items() if key != name}
+            if others and all(found.values()) and len(set(found.values())) == len(keys):
+                looks = "looks" if len(others) == 1 else "look"
+                columns = ", ".join(f"{key}: {name}" for key, name in others.items())
+                return f"{', '.join(others.values())} {looks} like {' and '.join(others)}: add columns: {{{columns}}}"
+    return ""
+
+
+def _nested(columns: dict[str, str], first_rows: list[dict[str, Any]]) -> str:
+    """What to do where a format's keys lie one level deeper, in a list; "" where they do not."""
+    for row in first_rows:
+        for key, value in row.items():
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                keys = list(value[0])
+                if any(fits(name, columns, {*row, *keys}) for name in NEEDED):
+                    return f"{key} holds lists of objects with {', '.join(keys)}: write one row for each of them"
+    return ""

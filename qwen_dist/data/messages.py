@@ -1,13 +1,14 @@
-"""One message in normal form, whatever form the row had: role, content, reasoning and tool calls apart."""
+"""One message in normal form, whatever form the row had: role, content, reasoning, tool calls and weight apart."""
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qwen_dist.data.json_values import brief
 from qwen_dist.data.rows import BadRow, kind_of
+from qwen_dist.data.tools import read_tool_calls
 
 ROLES = {
     "system": "system",
@@ -18,13 +19,21 @@ ROLES = {
     "gpt": "assistant",
     "function_call": "assistant",
     "tool": "tool",
+    "function": "tool",
     "observation": "tool",
 }
 # The names under which transformers 5.23 accepts reasoning (`_REASONING_FIELDS` in chat_template_utils.py).
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 WEIGHT_KEYS = ("weight", "loss_weight", "train")
+CALL_KEYS = ("tool_calls", "function_call")
+# Every key of a message that is read.
+MESSAGE_KEYS = frozenset(("role", "from", "content", "value", *REASONING_KEYS, *WEIGHT_KEYS, *CALL_KEYS))
 PART_ORDER = {"reasoning": 0, "text": 1, "tool_call": 2}
 THINK_AT_START = re.compile(r"\s*<think>(.*?)(</think>|\Z)", re.DOTALL)
+# Weights are kept as float32 and summed over a step's tokens: these bounds leave both exact enough.
+MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
+_WEIGHT_KEYS = frozenset(WEIGHT_KEYS)
+_ASSISTANT_KEYS = frozenset((*REASONING_KEYS, *CALL_KEYS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +59,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A row in normal form; `tools` as the user wrote them, None without any."""
+    """A row in normal form.
+
+    Args:
+        tools: as the user wrote them; None without any.
+        has_weights: the row itself says what of it is trained, or how much.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
+    has_weights: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,31 +88,40 @@ class RawText:
 
 
 def read_message(raw: Any, index: int) -> Message:
-    """One entry of `messages` or `conversations`, with keys role and content, or from and value.
+    """One entry of a list of messages, with keys role and content, or from and value.
 
     Raises:
-        BadRow: with the message's index and what is wrong.
+        BadRow: what is wrong, to follow the message's name in a sentence.
     """
-    try:
-        if not isinstance(raw, dict):
-            raise BadRow(f"is {kind_of(raw)}, not an object")
-        role_name = raw.get("role", raw.get("from"))
-        if not isinstance(role_name, str) or role_name not in ROLES:
-            raise BadRow(f"has the role {role_name!r}; known: {', '.join(ROLES)}")
-        role = ROLES[role_name]
-        _check_weight(raw, role)
-        content = raw["content"] if "content" in raw else raw.get("value")
-        if role != "assistant":
-            _check_not_assistant(raw, role)
-            return Message(role, _text(content), index=index)
+    if not isinstance(raw, dict):
+        raise BadRow(f"is {kind_of(raw)}, not an object")
+    role_name = _one_of(raw, "role", "from")
+    if not isinstance(role_name, str):
+        raise BadRow("has no role" if role_name is None else f"has a role that is {kind_of(role_name)}, not a string")
+    role = ROLES.get(role_name)
+    if role is None:
+        raise BadRow(f"has the role {brief(role_name)}; known: {', '.join(ROLES)}")
+    content = _one_of(raw, "content", "value")
+    weight = read_weight(raw)
+    if role == "assistant":
+        weight = 1.0 if weight is None else weight
         if role_name == "function_call":
-            return Message(role, "", tool_calls=read_tool_calls(content), index=index)
-        return read_assistant(content, _reasoning(raw), read_tool_calls(raw.get("tool_calls")), index)
-    except BadRow as error:
-        raise BadRow(f"message {index} {error}") from None
+            return _function_call(raw, content, index, weight)
+        return read_assistant(content, _reasoning(raw), _calls(raw), index, weight)
+    if weight:
+        raise BadRow(f"has a weight of {weight:g}, but only assistant turns are trained; remove it, or set it to 0")
+    if not _ASSISTANT_KEYS.isdisjoint(raw):
+        for key in (*REASONING_KEYS, *CALL_KEYS):
+            if raw.get(key):
+                raise BadRow(f"has {key}, which a {role} message cannot have")
+    if content is None and raw.keys().isdisjoint(("content", "value")):
+        raise BadRow("has no content")
+    return Message(role, _text(content), index=index)
 
 
-def read_assistant(content: Any, reasoning: str, tool_calls: tuple[dict[str, Any], ...], index: int) -> Message:
+def read_assistant(
+    content: Any, reasoning: str, tool_calls: tuple[dict[str, Any], ...], index: int, weight: float = 1.0
+) -> Message:
     """An assistant turn; reasoning may stand apart, in parts, or inline as <think>…</think> at the very start.
 
     Raises:
@@ -105,51 +129,109 @@ def read_assistant(content: Any, reasoning: str, tool_calls: tuple[dict[str, Any
     """
     if isinstance(content, list):
         content, in_parts, calls = _parts(content)
-        tool_calls = tool_calls + calls
-        if reasoning and in_parts:
-            raise BadRow("gives its reasoning twice")
-        reasoning = reasoning or in_parts
-    text = "" if content is None and tool_calls else _text(content)
-    inline = THINK_AT_START.match(text)
-    if inline:
-        if not inline[2]:
-            raise BadRow("opens <think> and never closes it")
-        if reasoning and inline[1].strip("\n"):
-            raise BadRow("gives its reasoning twice, in the content and beside it")
-        reasoning = reasoning or inline[1].strip("\n")
-        text = text[inline.end() :].lstrip("\n")
-    if not text.strip() and not tool_calls:
-        raise BadRow("is an assistant turn with nothing in it" if not reasoning else "has reasoning but no answer")
-    return Message("assistant", text, reasoning, tool_calls, index)
+        if tool_calls and calls:
+            raise BadRow("gives its tool calls twice, in the content and beside it")
+        tool_calls, reasoning = tool_calls or calls, _only(reasoning, in_parts)
+    inline, text = _cut_thinking("" if content is None else _text(content))
+    reasoning = _only(reasoning, inline)
+    if not tool_calls and not text.strip():
+        raise BadRow("has reasoning but no answer" if reasoning else "is an assistant turn with nothing in it")
+    return Message("assistant", text, reasoning, tool_calls, index, weight)
 
 
-def read_tools(value: Any) -> tuple[dict[str, Any], ...] | None:
-    """Row-level tools: a list of objects, or a JSON string of one; None or empty: no tools."""
-    tools = _from_json(value, "tools is") if isinstance(value, str) and value.strip() else value
-    if not tools:
+def with_reasoning(message: Message, reasoning: str) -> Message:
+    """An assistant turn with the reasoning that its row holds in a column.
+
+    Raises:
+        BadRow: it has reasoning already.
+    """
+    return replace(message, reasoning=_only(reasoning, message.reasoning))
+
+
+def read_weight(raw: dict[str, Any]) -> float | None:
+    """What a message or segment says of its weight in the loss; None: nothing.
+
+    true and false say whether it is trained, a number how much.
+
+    Raises:
+        BadRow: neither a boolean nor a usable number, or two keys that contradict each other.
+    """
+    if _WEIGHT_KEYS.isdisjoint(raw):
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow(f"tools must be a list of objects, not {kind_of(tools)}")
-    return tuple(tools)
+    given = {key: raw[key] for key in WEIGHT_KEYS if raw.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, bool | int | float):
+            raise BadRow(f"has {key} that is {kind_of(value)}, not true, false or a number")
+        if value != 0 and not MIN_WEIGHT <= value <= MAX_WEIGHT:
+            raise BadRow(f"has {key}: {brief(value)}; a weight is 0, or from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}")
+    numbers = {float(value) for value in given.values() if not isinstance(value, bool)}
+    if len(numbers) > 1 or len({value != 0 for value in given.values()}) > 1:
+        raise BadRow(f"has {' and '.join(given)}, which contradict each other; keep one of them")
+    return numbers.pop() if numbers else next((float(value) for value in given.values()), None)
 
 
-def read_tool_calls(value: Any) -> tuple[dict[str, Any], ...]:
-    """Tool calls as [{"name", "arguments"}], from OpenAI's nested form, the flat one, or a JSON string of it."""
-    if value is None or value == []:
+def read_reasoning(value: Any, name: str) -> str:
+    """Reasoning that stands apart from the answer, without the tags it may have; "" where it is null or blank.
+
+    Raises:
+        BadRow: it is no string, or its tags are not around all of it.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadRow(f"has {name} that is {kind_of(value)}, not a string")
+    inside, rest = _cut_thinking(value)
+    if inside and rest.strip():
+        raise BadRow(f"has {name} that goes on after </think>")
+    reasoning = inside or rest
+    return reasoning if reasoning.strip() else ""
+
+
+def _function_call(raw: dict[str, Any], content: Any, index: int, weight: float) -> Message:
+    """An assistant turn whose content is a tool call, after its reasoning or not."""
+    inline, content = _cut_thinking(content) if isinstance(content, str) else ("", content)
+    if raw.get("tool_calls") or raw.get("function_call"):
+        raise BadRow("gives its tool calls twice, in the content and beside it")
+    return read_assistant("", _only(_reasoning(raw), inline), read_tool_calls(content), index, weight)
+
+
+def _cut_thinking(text: str) -> tuple[str, str]:
+    """Reasoning of a <think> block at the very start, "" where there is none, and the text after it."""
+    inline = THINK_AT_START.match(text)
+    if not inline:
+        return "", text
+    if not inline[2]:
+        raise BadRow("opens <think> and never closes it")
+    reasoning = inline[1].strip("\n")
+    return reasoning if reasoning.strip() else "", text[inline.end() :].lstrip("\n")
+
+
+def _only(one: str, other: str) -> str:
+    if one and other:
+        raise BadRow("gives its reasoning twice")
+    return one or other
+
+
+def _one_of(raw: dict[str, Any], key: str, other: str) -> Any:
+    """The value of whichever of two keys is there."""
+    value, second = raw.get(key), raw.get(other)
+    if value is not None and second is not None:
+        raise BadRow(f"has both {key} and {other}; keep one of them")
+    return second if value is None else value
+
+
+def _reasoning(raw: dict[str, Any]) -> str:
+    found = ""
+    if not _ASSISTANT_KEYS.isdisjoint(raw):
+        for key in REASONING_KEYS:
+            found = _only(found, read_reasoning(raw.get(key), key))
+    return found
+
+
+def _calls(raw: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    if _ASSISTANT_KEYS.isdisjoint(raw):
         return ()
-    calls = _from_json(value, "has a tool call that is") if isinstance(value, str) else value
-    calls = calls if isinstance(calls, list) else [calls]
-    found = []
-    for call in calls:
-        inner = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise BadRow('has a tool call without "name"')
-        arguments = inner.get("arguments", {})
-        parsed = _from_json(arguments, "has tool call arguments that are") if isinstance(arguments, str) else arguments
-        if not isinstance(parsed, dict):
-            raise BadRow(f"has tool call arguments that are {kind_of(parsed)}, not an object")
-        found.append({"name": inner["name"], "arguments": arguments})
-    return tuple(found)
+    return read_tool_calls(_one_of(raw, *CALL_KEYS))
 
 
 def _text(content: Any) -> str:
@@ -165,49 +247,28 @@ def _text(content: Any) -> str:
 
 def _parts(parts: list[Any]) -> tuple[str, str, tuple[dict[str, Any], ...]]:
     """Text, reasoning and tool calls of a list of {"type", "text" or "value"}."""
+    if not parts:
+        raise BadRow("has content that is an empty list")
     texts: dict[str, list[str]] = {"reasoning": [], "text": []}
     calls: list[dict[str, Any]] = []
     last = 0
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in PART_ORDER:
-            raise BadRow(f"has a content part of type {kind!r}; known: {', '.join(PART_ORDER)}")
-        value = part.get("text", part.get("value"))
+        if not isinstance(part, dict):
+            raise BadRow(f"has a content part that is {kind_of(part)}, not an object")
+        kind = part.get("type")
+        if not isinstance(kind, str) or kind not in PART_ORDER:
+            raise BadRow(f"has a content part of type {brief(kind)}; known: {', '.join(PART_ORDER)}")
+        if read_weight(part) is not None:
+            raise BadRow(f"has a {kind} part with a weight; a weight belongs to the whole message")
         if PART_ORDER[kind] < last:
             raise BadRow(f"has its {kind} part too late; the template writes reasoning, text, tool calls in this order")
         last = PART_ORDER[kind]
+        value = _one_of(part, "text", "value")
         if kind == "tool_call":
             calls += read_tool_calls(value)
         elif isinstance(value, str):
             texts[kind].append(value)
         else:
             raise BadRow(f"has a {kind} part that is {kind_of(value)}, not a string")
-    return "".join(texts["text"]), "".join(texts["reasoning"]), tuple(calls)
-
-
-def _reasoning(raw: dict[str, Any]) -> str:
-    found = next((raw[key] for key in REASONING_KEYS if raw.get(key) is not None), "")
-    if not isinstance(found, str):
-        raise BadRow(f"has reasoning that is {kind_of(found)}, not a string")
-    return found if found.strip() else ""
-
-
-def _check_weight(raw: dict[str, Any], role: str) -> None:
-    """Every assistant turn is trained, and nothing else: a row that asks for another thing is refused, not ignored."""
-    for key in WEIGHT_KEYS:
-        if raw.get(key) is not None and raw[key] != (role == "assistant"):
-            trained = "every assistant turn is trained" if role == "assistant" else "only assistant turns are trained"
-            raise BadRow(f"has {key}: {json.dumps(raw[key])}, but {trained}; remove the key or the turn")
-
-
-def _check_not_assistant(raw: dict[str, Any], role: str) -> None:
-    for key in (*REASONING_KEYS, "tool_calls"):
-        if raw.get(key):
-            raise BadRow(f"has {key}, which a {role} message cannot have")
-
-
-def _from_json(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"{what} not JSON ({error})") from None
+    reasoning = "".join(texts["reasoning"])
+    return "".join(texts["text"]), read_reasoning(reasoning, "reasoning"), tuple(calls)
