@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, Literal
@@ -13,8 +12,8 @@ from qwen_dist.errors import UserError
 Compression = Literal["", "gzip", "zstd"]
 
 BLOCK_BYTES = 1 << 20
-# A frame unpacks to at most 32,768 times its size, 128 KiB a block of four bytes: small bites keep memory small.
-ZSTD_BITE_BYTES = 8 << 10
+# A zstd frame unpacks to at most 32,768 times its size, 128 KiB a block of four bytes: small bites keep memory small.
+PACKED_BYTES = 8 << 10
 # A row of 50 MB is odd and read; one of 256 MiB is a quote or a bracket that was never closed.
 MAX_ROW_BYTES = 256 << 20
 
@@ -75,14 +74,18 @@ def _plain(stream: BinaryIO, block_bytes: int) -> Iterator[bytes]:
 
 
 def _gzip(stream: BinaryIO, block_bytes: int) -> Iterator[bytes]:
-    try:
-        with gzip.GzipFile(fileobj=stream) as unpacked:
-            while block := unpacked.read(block_bytes):
-                yield block
-    except EOFError as error:
-        raise _Damaged("is cut off") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise _Damaged(f"is damaged ({error})") from error
+    """Member by member; the library's own reader gives nothing of a block in which the data ends early."""
+    member = None
+    while packed := stream.read(PACKED_BYTES):
+        while packed := packed if member else packed.lstrip(b"\0"):  # zeros may fill up a tape's block
+            member = member or zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+            try:
+                yield member.decompress(packed, block_bytes)
+            except zlib.error as error:
+                raise _Damaged(f"is damaged ({error})") from error
+            packed, member = (member.unused_data, None) if member.eof else (member.unconsumed_tail, member)
+    if member:
+        raise _Damaged("is cut off")
 
 
 def _zstd(stream: BinaryIO, block_bytes: int) -> Iterator[bytes]:
@@ -91,7 +94,7 @@ def _zstd(stream: BinaryIO, block_bytes: int) -> Iterator[bytes]:
 
     frame = None
     try:
-        while packed := stream.read(min(block_bytes, ZSTD_BITE_BYTES)):
+        while packed := stream.read(min(block_bytes, PACKED_BYTES)):
             while packed:
                 # --long=31 needs a window of 2 GiB; the frame asks for what it needs.
                 frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()

@@ -9,9 +9,10 @@ from typing import Any, BinaryIO
 
 from qwen_dist.data.arrays import elements
 from qwen_dist.data.blocks import BLOCK_BYTES, blocks
+from qwen_dist.data.delimited import csv_rows
 from qwen_dist.data.rows import Unit
 from qwen_dist.data.sources import DataFile
-from qwen_dist.data.tables import csv_rows, dataset_rows, parquet_rows, row_group_bytes
+from qwen_dist.data.tables import dataset_rows, parquet_rows, row_group_bytes
 
 # Text stays text: a table's strings are UTF-8, and so can be written without \u escapes.
 _encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode

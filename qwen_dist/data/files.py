@@ -16,9 +16,10 @@ from typing import Any
 from qwen_dist.data.arrays import elements
 from qwen_dist.data.blocks import blocks, lines
 from qwen_dist.data.convert import to_jsonl
+from qwen_dist.data.delimited import csv_rows
 from qwen_dist.data.rows import BadRow, byte_parts, parse_row, place, read_lines, shown
 from qwen_dist.data.sources import DataFile, find_files
-from qwen_dist.data.tables import csv_rows, dataset_rows, dataset_tables, load_dataset, parquet_rows, row_group_bytes
+from qwen_dist.data.tables import dataset_rows, dataset_tables, load_dataset, parquet_rows, row_group_bytes
 from qwen_dist.errors import UserError
 
 __all__ = [

@@ -16,7 +16,7 @@ from typing import Literal
 from qwen_dist.config import Source
 from qwen_dist.data.blocks import Compression, blocks
 from qwen_dist.data.rows import UTF8_BOM, Unit, shown
-from qwen_dist.data.tables import DatasetName, is_saved_dataset, load_dataset, row_group_bytes
+from qwen_dist.data.tables import DatasetName, is_saved_dataset, load_dataset, parquet_file
 from qwen_dist.errors import UserError
 
 Kind = Literal["jsonl", "json_array", "csv", "tsv", "parquet", "dataset"]
@@ -94,14 +94,17 @@ def _paths_of(path: str) -> list[str]:
             raise UserError(f"{name} is a saved Hugging Face dataset; name its split too, as split: train.")
         found = sorted(_walk(path, set()))
         if not found:
-            raise UserError(f"{name}: the folder has no data file; known are {' '.join(SUFFIXES[:6])}, also .gz, .zst.")
+            raise UserError(f"{name}: no data file in this folder; known: {' '.join(SUFFIXES[:6])}, also .gz, .zst.")
         return found
     if os.path.lexists(path) or not glob.has_magic(path):
         return [path]
-    found = sorted({file for file in glob.glob(path, recursive=True) if not os.path.isdir(file)})
-    if not found:
+    shortest: dict[tuple[str, str], str] = {}
+    for file in sorted(glob.glob(path, recursive=True), key=lambda file: (-len(file), file)):
+        if not os.path.isdir(file):  # under ** a linked folder may hold itself: of each file the shortest path stays
+            shortest[os.path.realpath(os.path.dirname(file)), os.path.basename(file)] = file
+    if not shortest:
         raise UserError(f"{name}: the pattern finds no file; it is relative to the run file.")
-    return found
+    return sorted(shortest.values())
 
 
 def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
@@ -138,7 +141,9 @@ def _data_file(number: int, path: str) -> DataFile:
     head = next(blocks(path, "", HEAD_BYTES), b"")
     compression: Compression = next((packed for magic, packed in PACKED.items() if head.startswith(magic)), "")
     if not compression and head.startswith(b"PAR1"):
-        if not sum(row_group_bytes(path)):
+        with parquet_file(path) as opened:
+            num_rows = opened.metadata.num_rows
+        if not num_rows:
             raise UserError(f"{name} holds no rows; remove it from the run file.")
         return DataFile(number, path, "parquet", "", found.st_size)
     return DataFile(number, path, _text_kind(path, compression), compression, found.st_size)
@@ -165,7 +170,7 @@ def _text_kind(path: str, compression: Compression) -> Kind:
     if text.startswith(b"["):
         return "json_array"
     if text.split(b"\n", 1)[0].rstrip() == b"{":
-        raise UserError(f"{name} holds objects over several lines; write one a line, as with: jq -c . IN > rows.jsonl")
+        raise UserError(f"{name} holds objects over several lines; write one a line, as jq -c . does.")
     return "jsonl"
 
 
@@ -176,7 +181,7 @@ def _refuse_other(name: str, head: bytes) -> None:
         what, fix = "a tar archive", "unpack it"
     if not what and b"\0" in head:
         even, odd = head[::2].count(0), head[1::2].count(0)
-        is_utf16 = min(even, odd) * 8 < max(even, odd)  # nearly all at every second byte
-        what, fix = OTHER[b"\xff\xfe"] if is_utf16 and len(head) > 3 else ("binary data", CONVERT)
+        is_utf16 = max(even, odd) > max(len(head) // 16, 8 * min(even, odd))  # many, at every second byte
+        what, fix = OTHER[b"\xff\xfe"] if is_utf16 else ("binary data", CONVERT)
     if what:
         raise UserError(f"{name} is {what}; {fix}.")

@@ -1,13 +1,11 @@
-"""Rows of tables: CSV and TSV, Parquet, and datasets of the Hugging Face hub or a local folder.
+"""Rows of Arrow tables: Parquet files, and datasets of the Hugging Face hub or a local folder.
 
-A table gives every row every column. What only fills it up is left out: empty cells of a CSV, nulls of a Parquet
-column or of a field inside it. What JSON has no word for becomes text (dates, times), or, as pictures and sound,
-is left out as well.
+A table gives every row every column. What only fills it up is left out: nulls of a column or of a field inside it.
+What JSON has no word for becomes text (dates, times), or, as pictures and sound, is left out as well.
 """
 
 from __future__ import annotations
 
-import csv
 import functools
 import math
 import sys
@@ -17,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_dist.data.blocks import MAX_ROW_BYTES, Compression, lines
-from qwen_dist.data.rows import place, shown
+from qwen_dist.data.rows import shown
 from qwen_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,65 +39,6 @@ class DatasetName:
         return ":".join(filter(None, (self.path, self.subset, self.split)))
 
 
-def csv_rows(path: str, compression: Compression, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line on which the record begins, its cells by the header's names); blank records and empty cells are left out.
-
-    Raises:
-        UserError: no header, a name twice in it, a record with other than its number of cells, or broken quoting.
-    """
-    csv.field_size_limit(MAX_ROW_BYTES)
-    reader = csv.reader(_text_lines(path, compression), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(
-                f"{place(path, 'line', line)}: the record that begins here is broken ({error}); put cells with quotes "
-                "or line breaks into quotes, and write each quote inside them twice."
-            ) from error
-        if not any(cells):
-            continue
-        if not header:
-            header = _checked_header(cells, path, line, delimiter)
-        elif len(cells) != len(header):
-            raise UserError(
-                f"{place(path, 'line', line)}: the record has {len(cells)} cells, the header {len(header)}; put cells "
-                f"that hold a {'tab' if delimiter == chr(9) else 'comma'} or a line break into quotes."
-            )
-        else:
-            yield line, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
-
-
-def _text_lines(path: str, compression: Compression) -> Iterator[str]:
-    for number, line in enumerate(lines(path, compression), start=1):
-        try:
-            yield line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{place(path, 'line', number)}: not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1} "
-                "of the line); save the file as UTF-8."
-            ) from error
-
-
-def _checked_header(names: list[str], path: str, line: int, delimiter: str) -> list[str]:
-    where = place(path, "line", line)
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{where}: the header has the name {twice!r} twice; rename or remove one column.")
-    if len(names) == 1:
-        other = next((sign for sign in ";\t,|" if sign != delimiter and sign in names[0]), None)
-        if other is not None:
-            kind = "TSV" if delimiter == "\t" else "CSV"
-            raise UserError(f"{where}: the cells are separated by {other!r}; save the file as {kind}.")
-    if any(len(name) > 200 or "\n" in name for name in names):
-        raise UserError(f"{where}: the first record is no header; put the columns' names above it.")
-    return names
-
-
 def parquet_file(path: str) -> pq.ParquetFile:
     """The opened file.
 
@@ -111,7 +49,7 @@ def parquet_file(path: str) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path, memory_map=True)
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except (pa.ArrowException, OSError) as error:
         raise _damaged_parquet(path, error) from error
 
@@ -168,22 +106,23 @@ def load_dataset(name: DatasetName) -> Dataset:
     if Path(name.path).is_absolute() and not Path(name.path).is_dir():
         raise UserError(f"{shown(name.path)}: no such folder; give a dataset's folder or its id on the hub.")
     try:
-        if is_saved_dataset(Path(name.path)):
-            found = datasets.load_from_disk(name.path)
-            if isinstance(found, datasets.DatasetDict):
-                found = found[name.split]
-            elif found.split not in (None, name.split):
-                raise KeyError(name.split)
-        else:
-            found = datasets.load_dataset(name.path, name.subset, split=name.split, revision=name.revision)
-    except KeyError as error:
-        raise UserError(f"{shown(name.path)} has no split {name.split}; name one that it has.") from error
+        found = (
+            datasets.load_from_disk(name.path)
+            if is_saved_dataset(Path(name.path))
+            else datasets.load_dataset(name.path, name.subset, split=name.split, revision=name.revision)
+        )
     except Exception as error:  # the library documents no common base of what it raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
             f"the dataset {name} cannot be loaded ({reason}); check its path, subset, split and revision, and the "
             "network."
         ) from error
+    if isinstance(found, datasets.DatasetDict):
+        if name.split not in found:
+            raise UserError(f"{shown(name.path)} has no split {name.split}; name one that it has: {', '.join(found)}.")
+        found = found[name.split]
+    elif found.split not in (None, name.split) and is_saved_dataset(Path(name.path)):
+        raise UserError(f"{shown(name.path)} is the split {found.split}, not {name.split}; name that one.")
     if not len(found):
         raise UserError(f"the dataset {name} holds no rows; name another split.")
     refuse_twice(found.column_names, str(name))
