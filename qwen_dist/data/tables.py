@@ -7,10 +7,11 @@ What JSON has no word for becomes text (dates, times), or, as pictures and sound
 from __future__ import annotations
 
 import functools
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
     from datasets import Dataset
 
+# What pyarrow raises for damaged bytes: its own errors are most of these, others come of names that are no text.
+UNREADABLE = (ValueError, OSError, KeyError, TypeError, IndexError, OverflowError, MemoryError, NotImplementedError)
 TABLE_BATCH_ROWS = 256  # rows that are Python objects at one time
 
 
@@ -39,8 +42,9 @@ class DatasetName:
         return ":".join(filter(None, (self.path, self.subset, self.split)))
 
 
-def parquet_file(path: str) -> pq.ParquetFile:
-    """The opened file.
+@contextmanager
+def parquet_file(path: str) -> Iterator[pq.ParquetFile]:
+    """The opened file; a fault of its bytes that shows inside the block is told as such.
 
     Raises:
         UserError: it is no whole Parquet file.
@@ -49,9 +53,12 @@ def parquet_file(path: str) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged_parquet(path, error) from error
+        # Buffered, a column is read page by page; else a row group is held packed, 150 MB more for one of 90 MB.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            yield file
+    except (*UNREADABLE, pa.ArrowException) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(f"{shown(path)} cannot be read as Parquet ({reason}); copy or make it again.") from error
 
 
 def row_group_bytes(path: str) -> list[int]:
@@ -67,15 +74,10 @@ def parquet_rows(path: str, row_groups: Sequence[int]) -> Iterator[dict[str, Any
     Raises:
         UserError: the file is damaged.
     """
-    import pyarrow as pa
-
     with parquet_file(path) as file:
         refuse_twice(file.schema_arrow.names, path)
-        try:
-            for batch in file.iter_batches(TABLE_BATCH_ROWS, row_groups=row_groups):
-                yield from table_rows(batch)
-        except (pa.ArrowException, OSError) as error:
-            raise _damaged_parquet(path, error) from error
+        for batch in file.iter_batches(TABLE_BATCH_ROWS, row_groups=row_groups):
+            yield from table_rows(batch)
 
 
 def refuse_twice(names: list[str], path: str) -> None:
@@ -83,11 +85,6 @@ def refuse_twice(names: list[str], path: str) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{shown(path)} has two columns of the name {twice!r}; rename or remove one.")
-
-
-def _damaged_parquet(path: str, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0].rstrip(".")
-    return UserError(f"{shown(path)} is no whole Parquet file ({reason}); copy or make it again.")
 
 
 @functools.lru_cache(maxsize=16)
@@ -161,13 +158,13 @@ _Plain = Callable[[Any], Any]
 def _cells(column: Any, plain: _Plain | None) -> list[Any]:
     try:
         cells = column.to_pylist(maps_as_pydicts="lossy")
-    except (ValueError, OverflowError, KeyError, TypeError):  # one date of the year 10000 must not cost the others
+    except UNREADABLE:  # one date of the year 10000 must not cost the others
         cells = [_cell(column, at) for at in range(len(column))]
     return cells if plain is None else [None if cell is None else plain(cell) for cell in cells]
 
 
 def _cell(column: Any, at: int) -> Any:
-    with suppress(ValueError, OverflowError, KeyError, TypeError):
+    with suppress(*UNREADABLE):
         return column[at].as_py(maps_as_pydicts="lossy")
     return None
 
@@ -230,6 +227,7 @@ def _text(value: bytes) -> str | None:
 
 
 def _parsed(value: Any) -> Any:
-    import json
-
-    return json.loads(value) if isinstance(value, str | bytes) else value
+    """The value of JSON text; what is none stays text."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(value)
+    return value

@@ -155,8 +155,8 @@ REFUSED = {
     "d.jsonl": (b"PK\x03\x04" + bytes(50), "FILE is a zip file (a workbook of Excel is one too); unpack it"),
     "e.jsonl": (JSONL.decode().encode("utf-16"), "FILE is UTF-16 text; save it as UTF-8"),
     "f.csv": (JSONL.decode().encode("utf-16-le"), "FILE is UTF-16 text; save it as UTF-8"),
-    "g.parquet": (b"PAR1" + bytes(50), "FILE is no whole Parquet file ("),
-    "h.parquet": (parquet(ROWS)[:-9], "FILE is no whole Parquet file ("),
+    "g.parquet": (b"PAR1" + bytes(50), "FILE cannot be read as Parquet ("),
+    "h.parquet": (parquet(ROWS)[:-9], "FILE cannot be read as Parquet ("),
     "i.jsonl": (bytes(range(200)), "FILE is binary data; convert it to JSONL in UTF-8."),
     "j.gz": (gzip.compress(gzip.compress(JSONL)), "FILE, unpacked, is a gzip file again; unpack it once."),
     "k.zst": (zstd(parquet(ROWS)), "FILE, unpacked, is a Parquet file; name it without packing it."),
@@ -186,7 +186,10 @@ REFUSED = {
     "zc.csv": (b"a,b\n1,\xff\n", "FILE:2: not UTF-8 (byte 0xff at byte 3 of the line); save the file as UTF-8."),
     "zd.csv": (b"a;b\n1;2\n", "FILE:1: the cells are separated by ';'; save the file as CSV."),
     "ze.csv": (b"x" * 300 + b",b\n1,2\n", "FILE:1: the first record is no header; put the columns' names above it."),
-    "zf.parquet": (parquet([{"a": 1}])[:4] + parquet([{"a": 1}])[4:].replace(b"PAR1", b"PARX"), "FILE is no whole"),
+    "zf.parquet": (
+        parquet([{"a": 1}])[:4] + parquet([{"a": 1}])[4:].replace(b"PAR1", b"PARX"),
+        "FILE cannot be read as",
+    ),
 }
 
 
