@@ -5,6 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from dataclasses import dataclass
+
+import numpy as np
 
 from qwen_dist.data.batches import MicroBatch, build_micro_batch
 from qwen_dist.data.prepare import Prepared
@@ -12,6 +15,19 @@ from qwen_dist.data.shard import StepPlan
 from qwen_dist.train.world import World
 
 STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What one rank computes in one optimizer step.
+
+    Args:
+        batches: its micro-batches.
+        samples_N: the numbers of the samples in them.
+    """
+
+    batches: list[MicroBatch]
+    samples_N: np.ndarray
 
 
 class Feed:
@@ -27,13 +43,13 @@ class Feed:
 
     def __init__(self, prepared: Prepared, plan: StepPlan, world: World, first_step: int, pad_id: int) -> None:
         self._prepared, self._plan, self._world, self._pad_id = prepared, plan, world, pad_id
-        self._ready: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(STEPS_AHEAD)
+        self._ready: queue.Queue[StepInput | BaseException] = queue.Queue(STEPS_AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(first_step,), name="feed", daemon=True)
         self._thread.start()
 
-    def next(self) -> tuple[list[MicroBatch], float]:
-        """The next step's micro-batches, and the seconds that the step had to wait for them."""
+    def next(self) -> tuple[StepInput, float]:
+        """The next step's input, and the seconds that the step had to wait for it."""
         started = time.perf_counter()
         item = self._ready.get()
         if isinstance(item, BaseException):
@@ -53,12 +69,12 @@ class Feed:
                 batches = [build_micro_batch(self._prepared, pack, self._pad_id) for pack in packs]
                 if self._world.device.type == "cuda":
                     batches = [batch.pin_memory() for batch in batches]
-                if not self._put(batches):
+                if not self._put(StepInput(batches, np.concatenate(packs))):
                     return
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: list[MicroBatch] | BaseException) -> bool:
+    def _put(self, item: StepInput | BaseException) -> bool:
         while not self._closed.is_set():
             try:
                 self._ready.put(item, timeout=0.2)

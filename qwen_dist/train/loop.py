@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qwen_dist.config import Run
+from qwen_dist.data.ledger import Ledger
 from qwen_dist.data.prepare import Prepared
 from qwen_dist.data.shard import StepPlan
 from qwen_dist.errors import RunFailed
@@ -39,6 +40,7 @@ class Job:
     pad_id: int
     stop: StopRequest
     reporter: Reporter | None
+    ledger: Ledger
 
 
 def train(job: Job, state: State) -> Iterator[State]:
@@ -72,15 +74,15 @@ def _train_step(job: Job, feed: Feed, step: int) -> tuple[dict[str, Any], bool]:
     """One optimizer step: its object of metrics.jsonl, and whether any rank was asked to stop."""
     started = time.perf_counter()
     engine, plan = job.engine, job.plan
-    batches, data_wait_s = feed.next()
-    supervised_tokens = plan.supervised_tokens(step)
+    taken, data_wait_s = feed.next()
+    weight = plan.weight(step)
     lr = lr_at(step, plan.num_steps, job.run.optim)
 
     nll_sum = torch.zeros((), device=engine.world.device)
-    for batch in batches[:-1]:
-        nll_sum += engine.backward(batch, supervised_tokens)
+    for batch in taken.batches[:-1]:
+        nll_sum += engine.backward(batch, weight)
         engine.end_micro_batch()
-    nll_sum += engine.backward(batches[-1], supervised_tokens)
+    nll_sum += engine.backward(taken.batches[-1], weight)
 
     total_nll, num_asked_to_stop = engine.world.sum([float(nll_sum), float(job.stop.asked)])
     if not math.isfinite(total_nll):
@@ -89,12 +91,14 @@ def _train_step(job: Job, feed: Feed, step: int) -> tuple[dict[str, Any], bool]:
             f"Start again from the last checkpoint with a lower optim.lr (now {job.run.optim.lr:g})."
         )
     engine.step(lr)
+    job.ledger.write(step, taken.samples_N)
 
     step_time_s = time.perf_counter() - started
+    supervised_tokens = plan.supervised_tokens(step)
     metrics = {
         "step": step,
         "epoch": plan.epoch_of(step) + 1,
-        "loss": total_nll / supervised_tokens,
+        "loss": total_nll / weight,
         "lr": lr,
         "grad_norm": engine.grad_norm(),
         "tokens": plan.tokens(step),
@@ -136,22 +140,24 @@ def _evaluation_due(job: Job, step: int) -> bool:
 
 
 def _evaluate(job: Job, state: State) -> None:
-    assert job.held_out is not None and job.held_out_plan is not None
+    plan = job.held_out_plan
+    assert job.held_out is not None and plan is not None
     started = time.perf_counter()
-    loss = held_out_loss(job.engine, job.held_out, job.held_out_plan, job.pad_id)
+    loss = held_out_loss(job.engine, job.held_out, plan, job.pad_id)
     if job.reporter is not None:
         job.reporter.evaluation(
             {
                 "step": state.step,
                 "epoch": state.epoch,
                 "eval_loss": loss,
-                "eval_supervised_tokens": int(job.held_out.supervised_S.sum()),
+                "eval_supervised_tokens": sum(plan.supervised_tokens(step) for step in range(1, plan.num_steps + 1)),
                 "eval_time_s": time.perf_counter() - started,
             }
         )
 
 
 def _save(job: Job, state: State) -> None:
+    job.ledger.sync()
     folder = save_checkpoint(job.engine, job.run_dir, state, job.run.checkpoint.keep)
     if job.reporter is not None:
         job.reporter.say(f"step {state.step}  saved {folder.name}")

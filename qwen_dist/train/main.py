@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from qwen_dist.config import Run
+from qwen_dist.data.ledger import Ledger
 from qwen_dist.data.prepare import open_prepared
-from qwen_dist.data.shard import plan_steps
+from qwen_dist.data.shard import plan_evaluation, plan_run
 from qwen_dist.data.tokenizer import load_tokenizer
 from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
 from qwen_dist.log import get_logger, log_to_file, start_logging
@@ -20,7 +21,6 @@ from qwen_dist.report.reporter import Reporter
 from qwen_dist.run_dir import RunDir, write_json
 from qwen_dist.train.checkpoint import State, load_checkpoint, newest_checkpoint, read_state
 from qwen_dist.train.engine import Engine, make_engine
-from qwen_dist.train.evaluate import plan_evaluation
 from qwen_dist.train.loop import Job, train
 from qwen_dist.train.signals import StopRequest
 from qwen_dist.train.world import rank_environment, start_world
@@ -68,12 +68,9 @@ def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:
     log_to_file(run_dir.attempt_logs(progress["attempt"]) / f"rank_{world.rank}.log")
     torch.manual_seed(run.seed)
 
-    data = open_prepared(run.output_dir, record["data"]["train"])
-    plan = plan_steps(
-        data.lengths_S, data.supervised_S, run.data.max_tokens, run.batch.packs_per_step,
-        epochs=run.length.epochs, max_steps=run.length.max_steps, seed=run.seed,
-    )  # fmt: skip
-    held_out = open_prepared(run.output_dir, record["data"]["eval"]) if record["data"]["eval"] else None
+    data = open_prepared(run, record["data"]["train"])
+    held_out = open_prepared(run, record["data"]["eval"]) if record["data"]["eval"] else None
+    plan = plan_run(run, data, held_out, count_windows=world.count_together)
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
     engine = make_engine(run, ds_config, world, tokenizer.num_ids)
     start = state = start_or_resume(engine, run_dir, run, data.fingerprint)
@@ -86,15 +83,17 @@ def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:
         train=data,
         plan=plan,
         held_out=held_out,
-        held_out_plan=held_out and plan_evaluation(held_out, run.data.max_tokens, run.batch.packs_per_step),
+        held_out_plan=plan_evaluation(run, held_out) if held_out else None,
         pad_id=tokenizer.pad_id,
         stop=stop,
         reporter=reporter,
+        ledger=Ledger(run_dir, progress["attempt"], world.rank, world.world_size),
     )
     try:
         for state in train(job, start):
             progress["step"] = state.step
     finally:
+        job.ledger.close()
         if reporter is not None:
             reporter.close()
     # DeepSpeed's launcher ends every rank 30 s after the first that leaves with 75: rank 0 may still talk to W&B.

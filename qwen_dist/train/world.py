@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -50,6 +51,13 @@ class World:
     def all_succeeded(self, succeeded: bool) -> bool:
         """Whether every rank succeeded; every rank learns it, and has arrived."""
         return self.sum([0.0 if succeeded else 1.0])[0] == 0.0
+
+    def count_together(self, num_jobs: int, count: Callable[[int], int]) -> list[int]:
+        """[count(0), count(1), ...], each counted by one rank; every rank gets all."""
+        counts = [0.0] * num_jobs
+        for job in range(self.rank, num_jobs, self.world_size):
+            counts[job] = float(count(job))
+        return [round(total) for total in self.sum(counts)]
 
     def leave(self) -> None:
         """End the process group, all ranks together."""

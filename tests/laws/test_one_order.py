@@ -13,17 +13,26 @@ from hypothesis import strategies as st
 
 from qwen_dist.data import prepare as prepare_module
 from qwen_dist.data.prepare import prepare
-from qwen_dist.data.shard import StepPlan, plan_steps
+from qwen_dist.data.shard import StepPlan, plan_table
+from qwen_dist.data.shuffle import words
+from qwen_dist.data.table import Table
+from tests.data.tables import COST, run_of, table_of_lengths
 
 MAX_TOKENS = 64
 LENGTHS = st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=200)
+WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 48, 64)
 
 
 def plan(
     lengths: list[int], packs_per_step: int, epochs: int = 1, max_steps: int | None = None, seed: int = 0
 ) -> StepPlan:
-    lengths_S = np.array(lengths, dtype=np.int32)
-    return plan_steps(lengths_S, (lengths_S + 1) // 2, MAX_TOKENS, packs_per_step, epochs, max_steps, seed)
+    run = run_of(
+        packs_per_step=packs_per_step,
+        data={"max_tokens": MAX_TOKENS},
+        length={"epochs": epochs, "max_steps": max_steps},
+        seed=seed,
+    )
+    return plan_table(run, table_of_lengths(lengths), cost=COST)
 
 
 def seen(steps: StepPlan, step: int, world_size: int) -> list[int]:
@@ -42,6 +51,64 @@ def test_a_step_is_the_same_on_every_world_size(lengths: list[int], epochs: int,
         assert all(seen(steps, step, world_size) == alone for world_size in (2, 4, 8))
         assert steps.tokens(step) == sum(lengths[sample] for sample in alone)
         assert steps.supervised_tokens(step) == sum((lengths[sample] + 1) // 2 for sample in alone)
+        assert steps.weight(step) == steps.supervised_tokens(step)
+
+
+def numbers(low: int, high: int, count: int, key: int) -> np.ndarray:
+    """Random numbers in low .. high - 1 that no version of numpy changes."""
+    return (low + words(count, key) % np.uint64(high - low)).astype(np.int64)
+
+
+SAMPLES = numbers(1, 4, 500, key=1)
+# Two sources of rows of one to three samples, for every policy below.
+TWO_SOURCES = table_of_lengths(
+    numbers(1, MAX_TOKENS, int(SAMPLES.sum()), key=2),
+    np.repeat(np.arange(500) >= 350, SAMPLES).astype(int),
+    SAMPLES,
+    hash_S=np.repeat(numbers(0, 400, 500, key=3), SAMPLES).astype(np.uint64),
+    turns_S=np.repeat(numbers(1, 6, 500, key=4), SAMPLES),
+)
+POLICIES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "plain": ([{}, {}], {}),
+    "shares": ([{"share": 0.4}, {"share": 0.6, "repeat": 2.5}], {"share_unit": "trained_tokens"}),
+    "repeat and limit": ([{"repeat": 2.5}, {"limit": 40}], {"duplicates": "drop"}),
+    "curriculum": ([{}, {}], {"curriculum": {"by": "turns", "stages": 3}}),
+    "curriculum of shares": (
+        [{"share": 0.5}, {"share": 0.5}],
+        {"curriculum": {"by": "tokens", "stages": 4, "descending": True}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_with_mixture_and_curriculum_too(name: str) -> None:
+    """The same step from 1 to 64 ranks under either ZeRO stage, and each epoch is what the mixture says."""
+    sources, data = POLICIES[name]
+    data = {"max_tokens": MAX_TOKENS, **data}
+
+    def made(**sections: Any) -> StepPlan:
+        run = run_of(sources, packs_per_step=192, data=data, length={"epochs": 2}, **sections)
+        return plan_table(run, TWO_SOURCES, cost=COST)
+
+    zero2, zero3, other = made(zero={"stage": 2}), made(zero={"stage": 3}), made(zero={"stage": 3}, seed=1)
+    for step in range(1, zero2.num_steps + 1):
+        alone = sorted(zero2.samples_of(step).tolist())
+        assert all(seen(zero3, step, world_size) == alone for world_size in WORLD_SIZES)
+    assert sorted(other.samples_of(1).tolist()) != sorted(zero2.samples_of(1).tolist())
+    for epoch in (0, 1):
+        trained = np.concatenate([zero2.samples_of(step) for step in zero2.steps_of(epoch)])
+        assert sorted(trained.tolist()) == sorted(zero2.samples_of_epoch(epoch).tolist())
+
+
+def test_a_step_does_not_depend_on_what_was_asked_before() -> None:
+    """A rank that resumes asks for a step in the middle first; a rank that never stopped has come from the first."""
+    sources, data = POLICIES["curriculum of shares"]
+    run = run_of(sources, packs_per_step=12, data={"max_tokens": MAX_TOKENS, **data}, length={"epochs": 2})
+    steady, resumed = (plan_table(run, TWO_SOURCES, cost=COST) for _ in range(2))
+    forward = [steady.packs_of(step, 1, 4) for step in range(1, steady.num_steps + 1)]
+    for step in range(steady.num_steps, 0, -1):
+        for mine, other in zip(resumed.packs_of(step, 1, 4), forward[step - 1], strict=True):
+            assert mine.tolist() == other.tolist()
 
 
 @settings(deadline=None)
@@ -50,6 +117,7 @@ def test_an_epoch_sees_each_sample_once(lengths: list[int], packs_per_step: int,
     steps = plan(lengths, packs_per_step, epochs)
     for epoch in range(epochs):
         of_epoch = [step for step in range(1, steps.num_steps + 1) if steps.epoch_of(step) == epoch]
+        assert of_epoch == list(steps.steps_of(epoch))
         counted = Counter(sample for step in of_epoch for sample in seen(steps, step, world_size=2))
         assert counted == dict.fromkeys(range(len(lengths)), 1)
 
@@ -70,9 +138,26 @@ def test_order_is_fixed_for_good_and_changes_with_seed_and_epoch() -> None:
     """Literal numbers: another numpy, or a change of ours, must not reorder a run that is resumed."""
     lengths = [MAX_TOKENS // 2] * 8
     first = [plan(lengths, 2, epochs=2).samples_of(step).tolist() for step in (1, 2, 3, 4)]
-    assert first == [[4, 5, 1, 6], [3, 2, 0, 7], [6, 2, 5, 1], [7, 4, 0, 3]]
+    assert first == [[6, 0, 3, 5], [1, 7, 2, 4], [4, 5, 3, 2], [6, 7, 1, 0]]
     assert plan(lengths, 2, seed=1).samples_of(1).tolist() != first[0]
     assert sorted(first[0] + first[1]) == sorted(first[2] + first[3]) == list(range(8))
+
+
+def test_order_of_real_lengths_is_fixed_for_good() -> None:
+    """A checksum over every policy: of long and short samples, several windows, exchanges and a spread last step."""
+    sums = {}
+    for name, (sources, data) in POLICIES.items():
+        run = run_of(sources, packs_per_step=32, data={"max_tokens": MAX_TOKENS, **data}, length={"epochs": 2})
+        steps = plan_table(run, TWO_SOURCES, cost=COST)
+        samples = np.concatenate([steps.samples_of(step) for step in range(1, steps.num_steps + 1)])
+        sums[name] = int((samples * np.arange(1, len(samples) + 1)).sum())
+    assert sums == {
+        "plain": 985385928,
+        "shares": 2074527255,
+        "repeat and limit": 946835210,
+        "curriculum": 982708338,
+        "curriculum of shares": 438011397,
+    }
 
 
 def test_max_steps_cuts_the_end_and_nothing_else() -> None:
@@ -81,8 +166,26 @@ def test_max_steps_cuts_the_end_and_nothing_else() -> None:
     assert (whole.num_steps, cut.num_steps) == (9, 4)
     assert [seen(cut, step, 2) for step in range(1, 5)] == [seen(whole, step, 2) for step in range(1, 5)]
     assert [whole.is_last_of_epoch(step) for step in range(1, 10)] == [False, False, True] * 3
+    assert [cut.is_last_of_epoch(step) for step in range(1, 5)] == [False, False, True, True]
+    assert [cut.is_whole(epoch) for epoch in (0, 1)] == [True, False]
     with pytest.raises(IndexError):
         cut.packs_of(5, 0, 2)
+
+
+def test_memory_does_not_hold_the_data() -> None:
+    """A plan of 2,000,000 samples takes a few MB beside its columns, also while it is made."""
+    import tracemalloc
+
+    table: Table = table_of_lengths(np.full(2_000_000, 50).tolist())
+    run = run_of(packs_per_step=1024, data={"max_tokens": 4096}, length={"epochs": 1})
+    tracemalloc.start()
+    try:
+        steps = plan_table(run, table, cost=COST)
+        steps.packs_of(5, 3, 1024)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 8e6, "2,000,000 numbers would take 16 MB"
 
 
 def test_samples_do_not_depend_on_parts_and_workers(
