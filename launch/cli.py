@@ -17,6 +17,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 VERBS = {
     "init": "Write a commented run file.",
     "inspect": "Show what will be trained, as tokens.",
+    "prepare": "Tokenize ahead of a run.",
     "plan": "Batch arithmetic, steps and data counts.",
     "train": "Train, or go on with a run.",
     "export": "Make a Hugging Face folder of a run.",

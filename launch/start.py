@@ -28,7 +28,7 @@ from launch.supervise import read_outcome
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
 from qwen_dist.errors import EXIT_DONE, EnvironmentNotReady, UserError
-from qwen_dist.run_dir import RunDir, prepared_dir, write_atomically, write_json
+from qwen_dist.run_dir import RunDir, write_atomically, write_json
 from qwen_dist.shapes import check_config, is_local, read_config, require_weights
 
 if TYPE_CHECKING:
@@ -128,11 +128,11 @@ def _check_model(run: Run) -> None:
 
 def _prepare(run: Run) -> tuple[Prepared, Prepared | None]:
     """Tokenize training and held-out data, both or neither."""
-    from qwen_dist.data.prepare import data_fingerprint
+    from qwen_dist.data.prepare import data_fingerprint, is_prepared
 
     if not run.data.eval:
         return prepare_shown(run, "train"), None
-    is_there = (prepared_dir(run.output_dir, data_fingerprint(run, "eval")) / "meta.json").is_file()
+    is_there = is_prepared(run, data_fingerprint(run, "eval"))
     held_out = prepare_shown(run, "eval")
     try:
         return prepare_shown(run, "train"), held_out

@@ -98,8 +98,8 @@ class SystemMessage(SystemText):
                 raise ValueError(f"choice {number} needs one of text, file and template; it has {len(choice.given)}")
         if self.policy == "drop" and self.drop_rate:
             raise ValueError("drop_rate has no effect with policy drop; remove it")
-        if self.policy != "choose" and "weight" in self.model_fields_set:
-            raise ValueError(f"weight has no effect with policy {self.policy}; it belongs into choices")
+        if self.weight != 1.0:
+            raise ValueError("weight has no effect here; it belongs into choices")
         return self
 
 
@@ -116,8 +116,8 @@ class TextSplit(Section):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> TextSplit:
-        for key, at in (("fraction", "fraction"), ("seed", "sentence")):
-            if key in self.model_fields_set and self.at != at:
+        for key, at, default in (("fraction", "fraction", 0.5), ("seed", "sentence", 0)):
+            if getattr(self, key) != default and self.at != at:
                 raise ValueError(f"{key} has no effect with at: {self.at}; remove it, or set at to {at}")
         return self
 

@@ -8,6 +8,7 @@ Layout (`<output_dir>/<name>/`):
     outcome.json        how the last attempt ended; written by the trainer, read by the launcher
     metrics.jsonl       one object a step, evaluations as their own objects
     loss.png            the loss curve
+    ledger/             attempt_<n>_rank_<r>.bin: which samples each step consumed
     logs/attempt_<n>/   rank_<r>.log
     checkpoints/        step_<k>/ (whole), step_<k>.incomplete/ (not), latest (a name)
     wandb/              the W&B client's own files
@@ -19,9 +20,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from qwen_dist.config import Run
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,10 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def ledger(self) -> Path:
+        return self.path / "ledger"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -82,14 +91,27 @@ class RunDir:
         """The log folder of attempt number `attempt`, from 1."""
         return self.logs / f"attempt_{attempt}"
 
+    def ledger_file(self, attempt: int, rank: int) -> Path:
+        """What rank `rank` consumed in attempt number `attempt`, from 1."""
+        return self.ledger / f"attempt_{attempt}_rank_{rank}.bin"
+
     def num_attempts(self) -> int:
-        """Attempts made so far."""
-        return len(list(self.logs.glob("attempt_*")))
+        """Attempts made so far: the highest number, so that deleted logs do not bring one back."""
+        names = [path.name for folder in (self.logs, self.ledger) for path in folder.glob("attempt_*")]
+        found = [re.match(r"attempt_(\d+)", name) for name in names]
+        return max((int(match[1]) for match in found if match), default=0)
 
 
-def prepared_dir(output_dir: str, fingerprint: str) -> Path:
-    """Where tokenized data with this fingerprint lies; shared by all runs of one output directory."""
-    return Path(output_dir) / ".prepared" / fingerprint
+def cache_dir(run: Run) -> Path:
+    """Where tokenized data lies: of all runs of one output directory, or on this machine's own temporary disk."""
+    if run.data.cache == "shared":
+        return Path(run.output_dir) / ".prepared"
+    return Path(tempfile.gettempdir()) / f"qwen-dist-{os.getuid()}" / "prepared"
+
+
+def prepared_dir(run: Run, fingerprint: str) -> Path:
+    """Where tokenized data with this fingerprint lies."""
+    return cache_dir(run) / fingerprint
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -110,6 +132,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def fsync_folder(path: Path) -> None:
     """Make renames inside `path` durable."""
+    fsync_file(path)
+
+
+def fsync_file(path: Path) -> None:
+    """Make what was written to `path` durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,9 +17,14 @@ from qwen_dist.data.prepared import NOT_TRAINED
 
 
 class Samples(Protocol):
-    """Numbered samples, as `Prepared` holds them: (ids_T, labels_T), both int32, labels not shifted."""
+    """Numbered samples, as `Prepared` holds them: (ids_T, labels_T), both int32, labels not shifted; weights_T."""
+
+    @property
+    def has_weights(self) -> bool: ...
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def weights(self, index: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class MicroBatch:
         max_length: tokens of the longest sample, a Python int: reading it from a tensor would wait for the device.
         num_tokens: tokens of samples; 0 for an empty pack, whose one token is padding.
         num_supervised: supervised tokens.
+        weights_1T: float32, each token's weight in the loss; None where every supervised token counts once.
     """
 
     input_ids_1T: Tensor
@@ -43,6 +49,7 @@ class MicroBatch:
     max_length: int
     num_tokens: int
     num_supervised: int
+    weights_1T: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`; from pinned memory the copy does not wait."""
@@ -53,8 +60,9 @@ class MicroBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
-        names = ("input_ids_1T", "position_ids_1T", "labels_1T", "cu_seq_lens")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        names = ("input_ids_1T", "position_ids_1T", "labels_1T", "cu_seq_lens", "weights_1T")
+        values = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 def build_micro_batch(prepared: Samples, sample_indices: np.ndarray, pad_id: int) -> MicroBatch:
@@ -66,6 +74,7 @@ def build_micro_batch(prepared: Samples, sample_indices: np.ndarray, pad_id: int
     """
     samples = [prepared.sample(int(index)) for index in sample_indices]
     num_tokens = sum(len(ids_T) for ids_T, _ in samples)
+    weights = [prepared.weights(int(index)) for index in sample_indices] if prepared.has_weights else []
     samples = samples or [(np.array([pad_id], np.int32), np.array([NOT_TRAINED], np.int32))]
     lengths_S = [len(ids_T) for ids_T, _ in samples]
     labels_T = np.concatenate([labels for _, labels in samples])
@@ -77,6 +86,7 @@ def build_micro_batch(prepared: Samples, sample_indices: np.ndarray, pad_id: int
         max_length=max(lengths_S),
         num_tokens=num_tokens,
         num_supervised=int((labels_T != NOT_TRAINED).sum()),
+        weights_1T=torch.from_numpy(np.concatenate(weights))[None] if weights else None,
     )
 
 

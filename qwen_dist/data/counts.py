@@ -7,90 +7,156 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_dist.config import Source
+from qwen_dist.data.files import DataFile
 from qwen_dist.data.formats import check_columns
-from qwen_dist.data.part import NUM_PLACES, TOO_LONG, PartResult
-from qwen_dist.data.rows import shown
+from qwen_dist.data.part_result import NO_ASSISTANT_TURN, NUM_PLACES, TOO_LONG, PartResult
+from qwen_dist.data.rows import place, shown
 from qwen_dist.errors import UserError
 
-SUMS = ("rows", "rows_trained", "samples", "tokens", "supervised_tokens")
+# Key in the counts -> attribute of the results that it sums.
+SUMS = {
+    "rows": "num_rows",
+    "rows_trained": "num_rows_trained",
+    "samples": "num_samples",
+    "tokens": "num_tokens",
+    "supervised_tokens": "num_supervised",
+    "turns_with_reasoning": "num_reasoning",
+    "special_tokens": "num_special",
+    "rows_with_special_tokens": "num_rows_special",
+    "rows_trimmed": "num_trimmed",
+    "rows_split": "num_split",
+    "rows_without_system": "num_without_system",
+    "rows_with_other_systems": "num_other_systems",
+}
+COUNTERS = ("dropped", "rows_dropped", "modes")
+NUM_SYSTEMS_TOLD = 10
 
 
-def count(sources: Sequence[Source], formats: Sequence[str], results: Sequence[PartResult]) -> dict[str, Any]:
+def count(
+    sources: Sequence[Source],
+    files: Sequence[DataFile],
+    formats: Sequence[str],
+    units: Sequence[str],
+    results: Sequence[PartResult],
+) -> dict[str, Any]:
     """JSON-able counts: sums over all sources, and the same of each in `sources`.
 
-    `dropped` counts by reason: rows without an assistant turn, samples that are too long; `dropped_at` has the first
-    few places, as file:line. `rows_dropped` counts by reason the rows of which nothing is left:
-    rows == rows_trained + sum(rows_dropped).
+    `dropped` counts by reason rows with nothing to train, malformed rows and samples that are too long; `dropped_at`
+    has the first few places. `rows_dropped` counts by reason the rows of which nothing is left:
+    rows == rows_trained + sum(rows_dropped). `systems` has the most frequent system messages that the model will have
+    seen, with their number of rows.
+
+    Args:
+        formats, units: of each file.
+        results: of all parts, in order.
     """
-    each = [_count_source(source, formats[at], _of(results, at)) for at, source in enumerate(sources)]
-    total: dict[str, Any] = {key: sum(one[key] for one in each) for key in SUMS}
-    for key in ("dropped", "rows_dropped", "modes"):
-        total[key] = dict(sum((Counter(one[key]) for one in each), Counter()))
-    return {**total, "sources": each}
+    each = []
+    for at, source in enumerate(sources):
+        numbers = [number for number, file in enumerate(files) if file.source == at]
+        found = {formats[number] for number in numbers}
+        each.append(
+            {
+                "path": source.path,
+                "format": ", ".join(sorted(found)),
+                "files": len(numbers),
+                **_sums([result for result in results if result.source == at]),
+                **_places(files, units, [result for result in results if result.source == at]),
+            }
+        )
+    return {**_sums(results), "has_weights": any(result.has_weights for result in results), "sources": each}
 
 
-def check_results(sources: Sequence[Source], results: Sequence[PartResult], max_tokens: int, split: str) -> None:
+def _sums(results: Sequence[PartResult]) -> dict[str, Any]:
+    found: dict[str, Any] = {key: sum(getattr(r, name) for r in results) for key, name in SUMS.items()}
+    for key in COUNTERS:
+        found[key] = dict(sum((getattr(result, key) for result in results), Counter[str]()))
+    systems = sum((result.systems for result in results), Counter[str]()).most_common()
+    found["systems"] = systems[:NUM_SYSTEMS_TOLD]
+    found["num_systems"] = len(systems)
+    return found
+
+
+def _places(files: Sequence[DataFile], units: Sequence[str], results: Sequence[PartResult]) -> dict[str, Any]:
+    dropped_at: dict[str, list[str]] = {}
+    malformed: list[str] = []
+    for result, first in _with_first_places(results):
+        file = files[result.file]
+        for reason, places in result.dropped_at.items():
+            dropped_at.setdefault(reason, []).extend(
+                place(file.path, units[result.file], first + number) for number in places
+            )
+        malformed += [f"{place(file.path, units[result.file], first + at)}: {reason}" for at, reason in result.skipped]
+    return {
+        "dropped_at": {reason: places[:NUM_PLACES] for reason, places in dropped_at.items()},
+        "malformed": malformed[:NUM_PLACES],
+    }
+
+
+def _with_first_places(results: Sequence[PartResult]) -> list[tuple[PartResult, int]]:
+    """Each part's result, and how many places of its file came before it."""
+    found, before = [], Counter[int]()
+    for result in results:
+        found.append((result, before[result.file]))
+        before[result.file] += result.num_places
+    return found
+
+
+def check_results(
+    sources: Sequence[Source],
+    files: Sequence[DataFile],
+    units: Sequence[str],
+    results: Sequence[PartResult],
+    max_tokens: int,
+    split: str,
+) -> None:
     """Refuse data that is malformed, or of which nothing is left.
 
     Raises:
         UserError: naming the malformed rows, or why nothing is left.
     """
     for at, source in enumerate(sources):
-        present = set().union(*(result.columns_seen for result in _of(results, at)))
+        present = set().union(*(result.columns_seen for result in results if result.source == at))
         check_columns(source.path, source.columns, present, present)
-    num_bad = sum(result.num_bad for result in results)
-    if num_bad:
-        places = [place for at, source in enumerate(sources) for place in _bad_rows(source, _of(results, at))]
-        listed = "\n".join(f"  {place}" for place in places[:NUM_PLACES])
-        more = f"\n  and {num_bad - NUM_PLACES} more" if num_bad > NUM_PLACES else ""
-        rows = "1 malformed row" if num_bad == 1 else f"{num_bad} malformed rows"
-        raise UserError(f"{rows} in data.{split}; correct or remove them, nothing was written:\n{listed}{more}")
-    for at, source in enumerate(sources):
-        if not any(result.num_rows for result in _of(results, at)):
-            raise UserError(f"{shown(source.path)} holds no rows; remove it from data.{split}, or fill it.")
+    _check_rows(files, units, results, split)
+    for number, file in enumerate(files):
+        if not any(result.num_rows for result in results if result.file == number):
+            raise UserError(f"{shown(file.path)} holds no rows; remove it from data.{split}, or fill it.")
     if any(result.num_samples for result in results):
         return
     names = ", ".join(shown(source.path) for source in sources)
-    if any(result.dropped[TOO_LONG] for result in results):
+    reasons = sum((result.rows_dropped for result in results), Counter[str]())
+    if reasons[TOO_LONG]:
         shortest = min(result.shortest_dropped for result in results if result.shortest_dropped is not None)
         raise UserError(
             f"data.max_tokens={max_tokens} is shorter than every sample in {names} (the shortest is {shortest} "
             f"tokens); set data.max_tokens to at least {shortest}."
         )
+    if set(reasons) == {NO_ASSISTANT_TURN}:
+        raise UserError(
+            f"no assistant turn anywhere in {names}: nothing to train on; check the roles, or the format in "
+            f"data.{split}."
+        )
+    told = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
+    raise UserError(f"nothing to train on is left of {names} ({told}); look at its rows, or at data.loss.")
+
+
+def _check_rows(files: Sequence[DataFile], units: Sequence[str], results: Sequence[PartResult], split: str) -> None:
+    num_bad = sum(result.num_bad for result in results)
+    if not num_bad:
+        return
+    told = [
+        f"  {place(files[result.file].path, units[result.file], first + number)}: {reason}"
+        for result, first in _with_first_places(results)
+        for number, reason in result.bad
+    ]
+    more = [f"  and {num_bad - NUM_PLACES} more"] if num_bad > NUM_PLACES else []
+    rows = "1 malformed row" if num_bad == 1 else f"{num_bad} malformed rows"
     raise UserError(
-        f"no assistant turn anywhere in {names}: nothing to train on; check the roles, or the format in data.{split}."
+        "\n".join(
+            [
+                f"{rows} in data.{split}; correct or remove them, or set data.on_bad_row to skip, nothing was written:",
+                *told[:NUM_PLACES],
+                *more,
+            ]
+        )
     )
-
-
-def _of(results: Sequence[PartResult], source: int) -> list[PartResult]:
-    return [result for result in results if result.source == source]
-
-
-def _count_source(source: Source, row_format: str, results: Sequence[PartResult]) -> dict[str, Any]:
-    dropped_at: dict[str, list[str]] = {}
-    first_line = 0
-    for result in results:
-        for reason, lines in result.dropped_at.items():
-            dropped_at.setdefault(reason, []).extend(f"{source.path}:{first_line + line}" for line in lines)
-        first_line += result.num_lines
-    return {
-        "path": source.path,
-        "format": row_format,
-        "rows": sum(result.num_rows for result in results),
-        "rows_trained": sum(result.num_rows_trained for result in results),
-        "samples": sum(result.num_samples for result in results),
-        "tokens": sum(result.num_tokens for result in results),
-        "supervised_tokens": sum(result.num_supervised for result in results),
-        "dropped": dict(sum((result.dropped for result in results), Counter())),
-        "rows_dropped": dict(sum((result.rows_dropped for result in results), Counter())),
-        "dropped_at": {reason: places[:NUM_PLACES] for reason, places in dropped_at.items()},
-        "modes": dict(sum((result.modes for result in results), Counter())),
-    }
-
-
-def _bad_rows(source: Source, results: Sequence[PartResult]) -> list[str]:
-    places, first_line = [], 0
-    for result in results:
-        places += [f"{shown(source.path)}:{first_line + line}: {reason}" for line, reason in result.bad]
-        first_line += result.num_lines
-    return places

@@ -1,106 +1,88 @@
 """One part of one file, tokenized: the work of one worker, told entirely by its arguments.
 
-Shapes: N tokens of the part, S samples of the part.
+Shapes: N tokens of the part, S samples of the part, K trained stretches of the part.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from qwen_dist.config import SystemMessage
-from qwen_dist.data.formats import conversation_of
-from qwen_dist.data.rows import BadRow, parse_row, read_lines
+from qwen_dist.data.files import DataFile, read_rows
+from qwen_dist.data.formats import read_row
+from qwen_dist.data.messages import Conversation, RawText
+from qwen_dist.data.part_result import NO_ASSISTANT_TURN, NO_TRAINED_TOKEN, TOO_LONG, PartResult
+from qwen_dist.data.policy import Policy
+from qwen_dist.data.rows import BadRow, kind_of, parse_row, row_hash
 from qwen_dist.data.samples import Sample, samples_of
-from qwen_dist.data.spans import MODES, Turn, turns_of
-from qwen_dist.data.system import apply_system
+from qwen_dist.data.spans import Turn, turns_of
+from qwen_dist.data.system import apply_system, seen_system
+from qwen_dist.data.thinking import MODES
 from qwen_dist.data.tokenizer import ChatTokenizer
+from qwen_dist.data.too_long import split, trimmed
 
 # Rows whose texts go to the tokenizer in one batch: enough to amortise the call, few enough to stay in cache.
 BATCH_ROWS = 256
-# Places remembered for each reason; the rest is only counted.
-NUM_PLACES = 20
-
-NO_ASSISTANT_TURN = "no assistant turn"
-TOO_LONG = "longer than data.max_tokens"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes [start, end) of source number `source`, and where its arrays go."""
+    """The range [start, end) of a file, bytes or row groups, and the policies for its rows.
 
-    source: int
-    path: str
-    row_format: str
-    columns: dict[str, str]
-    start: int
-    end: int
-    system: SystemMessage
-    max_tokens: int
-    out: Path
-
-
-@dataclass
-class PartResult:
-    """What came of a part; lines count from 1 and rows from 0 at the part's start.
-
-    `dropped` counts rows without an assistant turn and samples that are too long, `rows_dropped` the rows of which
-    nothing is left: each row is in num_rows_trained, in rows_dropped, or in num_bad.
+    Args:
+        number: position among all parts, in the files' order.
+        file_number: position of `file` among all files.
+        jsonl: where the file's rows lie as JSONL, where it cannot be read in place.
     """
 
-    source: int
-    num_lines: int = 0
-    num_rows: int = 0
-    num_rows_trained: int = 0
-    num_samples: int = 0
-    num_tokens: int = 0
-    num_supervised: int = 0
-    modes: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
-    rows_dropped: Counter[str] = field(default_factory=Counter)
-    dropped_at: dict[str, list[int]] = field(default_factory=dict)
-    num_bad: int = 0
-    bad: list[tuple[int, str]] = field(default_factory=list)
-    columns_seen: set[str] = field(default_factory=set)
-    shortest_dropped: int | None = None
-
-    def drop(self, reason: str, line: int) -> None:
-        self.dropped[reason] += 1
-        places = self.dropped_at.setdefault(reason, [])
-        if len(places) < NUM_PLACES and line not in places[-1:]:
-            places.append(line)
-
-    def refuse(self, line: int, reason: str) -> None:
-        self.num_bad += 1
-        if len(self.bad) < NUM_PLACES:
-            self.bad.append((line, reason))
+    number: int
+    file_number: int
+    file: DataFile
+    jsonl: Path | None
+    start: int
+    end: int
+    policy: Policy
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class _Row:
-    line: int
+    """A row with something to train; `place` and `index` count from the part's start."""
+
+    place: int
     index: int
+    form: Conversation | RawText
     turns: list[Turn]
+    key: float
 
 
-def encode_part(part: Part, tokenizer: ChatTokenizer) -> PartResult:
-    """Tokenize a part and write its arrays to `part.out` (.npz); returns what was counted on the way."""
-    result = PartResult(part.source)
-    kept: list[tuple[Sample, int]] = []
-    ids: list[np.ndarray] = []
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A sample that will be trained on, and its row."""
+
+    sample: Sample
+    row: _Row
+    row_hash: int
+
+
+def encode_part(part: Part, tokenizer: ChatTokenizer, out: Path) -> PartResult:
+    """Tokenize a part and write its arrays to `out` (.npz); returns what was counted on the way.
+
+    Nothing is written where a row is refused.
+    """
+    result = PartResult(part.file.source, part.file_number)
+    kept: list[_Kept] = []
     batch: list[_Row] = []
 
     def flush() -> None:
         ids_of = tokenizer.encode_pieces(p for row in batch for t in row.turns for p in (*t.prompt, *t.response))
         for row in batch:
-            for sample in _fitting(row, samples_of(row.turns, ids_of), part.max_tokens, result):
-                ids.append(np.array(sample.ids_T, dtype=np.int32))
-                sample.ids_T = []
-                kept.append((sample, row.index))
+            samples = samples_of(row.turns, ids_of, part.policy.loss)
+            kept.extend(_kept(row, samples, part.policy, tokenizer, result))
         batch.clear()
 
     for row in _rows(part, tokenizer, result):
@@ -108,69 +90,135 @@ def encode_part(part: Part, tokenizer: ChatTokenizer) -> PartResult:
         if len(batch) == BATCH_ROWS:
             flush()
     flush()
-    if result.num_bad == 0:
-        _write(part.out, ids, kept, result)
+    if not result.num_bad:
+        _write(out, kept, result)
     return result
 
 
 def _rows(part: Part, tokenizer: ChatTokenizer, result: PartResult) -> Iterator[_Row]:
     """Rows with something to train; the others are counted in `result`."""
-    for line, content in read_lines(part.path, part.start, part.end):
-        result.num_lines = line
+    policy = part.policy
+    for place, content in read_rows(part.file, part.jsonl, part.start, part.end):
+        result.num_places = place
         if not content:
             continue
         index = result.num_rows
         result.num_rows += 1
         try:
-            row = parse_row(content)
-            result.columns_seen.update(name for name in part.columns.values() if name in row)
-            conversation = apply_system(conversation_of(row, part.row_format, part.columns), part.system)
-            turns = turns_of(conversation, tokenizer)
+            row = content if isinstance(content, dict) else parse_row(content)
+            yield from _read(row, row_hash(content), place, index, policy, tokenizer, result)
         except BadRow as error:
-            result.refuse(line, str(error))
-            continue
-        if turns:
-            yield _Row(line, index, turns)
-        else:
-            result.drop(NO_ASSISTANT_TURN, line)
-            result.rows_dropped[NO_ASSISTANT_TURN] += 1
+            result.refuse(place, str(error), policy.skip_bad_rows)
 
 
-def _fitting(row: _Row, samples: list[Sample], max_tokens: int, result: PartResult) -> list[Sample]:
-    """The samples of a row that fit; the longer ones are dropped whole and counted."""
-    fitting = []
+def _read(
+    row: dict[str, Any],
+    hash_of_row: int,
+    place: int,
+    index: int,
+    policy: Policy,
+    tokenizer: ChatTokenizer,
+    result: PartResult,
+) -> Iterator[_Row]:
+    """The row, if there is something to train in it."""
+    result.columns_seen.update(name for name in policy.source.columns.values() if name in row)
+    form = read_row(row, policy.row_format, policy.source, hash_of_row)
+    if isinstance(form, Conversation):
+        form = apply_system(form, policy.system, row, hash_of_row)
+    key = float("nan") if policy.key_column is None else _key(row, policy.key_column)
+    turns, num_special = turns_of(form, tokenizer, policy)
+    result.num_special += num_special
+    result.num_rows_special += num_special > 0
+    if isinstance(form, Conversation):
+        result.see_system(seen_system(form, tokenizer))
+        result.num_reasoning += sum(bool(message.reasoning) for message in form.messages)
+    if turns:
+        yield _Row(place, index, form, turns, key)
+        return
+    has_answer = isinstance(form, RawText) or any(message.role == "assistant" for message in form.messages)
+    reason = NO_TRAINED_TOKEN if has_answer else NO_ASSISTANT_TURN
+    result.drop(reason, place)
+    result.rows_dropped[reason] += 1
+
+
+def _key(row: dict[str, Any], column: str) -> float:
+    value = row.get(column)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        what = "no" if value is None else f"{kind_of(value)} in"
+        raise BadRow(f"{what} {column}, which data.curriculum orders by; it must be a number")
+    return float(value)
+
+
+def _kept(
+    row: _Row, samples: list[Sample], policy: Policy, tokenizer: ChatTokenizer, result: PartResult
+) -> Iterator[_Kept]:
+    """The samples of a row that fit, whole; the longer ones as `data.too_long` says, else dropped and counted."""
+    longest = max((len(sample.ids_T) for sample in samples), default=0)
+    too_long: list[int] = []
+    if longest > policy.max_tokens and policy.too_long == "error":
+        reason = f"a sample of {longest} tokens, and data.max_tokens is {policy.max_tokens}"
+        result.refuse(row.place, reason, skip=False)
+        return
+    if longest > policy.max_tokens and policy.too_long == "trim_history" and isinstance(row.form, Conversation):
+        samples, too_long = trimmed(row.form, tokenizer, policy)
+        result.num_trimmed += 1
+    elif longest > policy.max_tokens and policy.too_long == "split" and isinstance(row.form, RawText):
+        samples = [chunk for whole in samples for chunk in split(whole, policy.max_tokens, policy.split_overlap)]
+        result.num_split += 1
+    else:
+        too_long = [len(sample.ids_T) for sample in samples if len(sample.ids_T) > policy.max_tokens]
+        samples = [sample for sample in samples if len(sample.ids_T) <= policy.max_tokens]
+    for num_tokens in too_long:
+        result.drop(TOO_LONG, row.place)
+        result.shortest_dropped = min(num_tokens, result.shortest_dropped or num_tokens)
+    if samples:
+        result.num_rows_trained += 1
+    else:
+        reason = TOO_LONG if too_long else NO_TRAINED_TOKEN
+        if not too_long:
+            result.drop(reason, row.place)
+        result.rows_dropped[reason] += 1
+    hash_of_samples = _hash(samples)
+    yield from (_Kept(sample, row, hash_of_samples) for sample in samples)
+
+
+def _hash(samples: list[Sample]) -> int:
+    """64 bits of the tokens and masks that a row became: equal for rows that train the same."""
+    digest = hashlib.blake2b(digest_size=8)
     for sample in samples:
-        num_tokens = len(sample.ids_T)
-        if num_tokens <= max_tokens:
-            fitting.append(sample)
-            continue
-        result.drop(TOO_LONG, row.line)
-        shortest = result.shortest_dropped
-        result.shortest_dropped = num_tokens if shortest is None else min(shortest, num_tokens)
-    result.num_rows_trained += bool(fitting)
-    result.rows_dropped[TOO_LONG] += not fitting
-    return fitting
+        digest.update(np.array(sample.ids_T, dtype=np.int32).tobytes())
+        digest.update(repr(sample.spans).encode())
+    return int.from_bytes(digest.digest(), "little")
 
 
-def _write(out: Path, ids: list[np.ndarray], kept: list[tuple[Sample, int]], result: PartResult) -> None:
-    lengths_S = np.array([len(ids_T) for ids_T in ids], dtype=np.int32)
-    ids_N = np.concatenate([np.zeros(0, np.int32), *ids])
-    trained_N = np.zeros(len(ids_N), dtype=bool)
-    for (sample, _), offset in zip(kept, np.cumsum(lengths_S) - lengths_S, strict=True):
-        for start, end in sample.spans:
-            trained_N[offset + start : offset + end] = True
-    supervised_S = np.array([sample.num_supervised for sample, _ in kept], dtype=np.int32)
-    np.savez(
-        out,
-        ids=ids_N,
-        trained=trained_N,
-        lengths=lengths_S,
-        supervised=supervised_S,
-        row=np.array([row for _, row in kept], dtype=np.int64),
-        message=np.array([sample.message for sample, _ in kept], dtype=np.int32),
-        mode=np.array([MODES.index(sample.mode) for sample, _ in kept], dtype=np.int8),
-    )
+def _write(out: Path, kept: list[_Kept], result: PartResult) -> None:
+    samples = [one.sample for one in kept]
+    spans = [span for sample in samples for span in sample.spans]
+    arrays = {
+        "ids": np.concatenate([np.zeros(0, np.int32), *(np.array(sample.ids_T, np.int32) for sample in samples)]),
+        "lengths": np.array([len(sample.ids_T) for sample in samples], dtype=np.int64),
+        "supervised": np.array([sample.num_supervised for sample in samples], dtype=np.int32),
+        "weight": np.array([sample.weight for sample in samples], dtype=np.float64),
+        "spans": np.array([span[:2] for span in spans], dtype=np.int32).reshape(-1, 2),
+        "span_weight": np.array([span[2] for span in spans], dtype=np.float32),
+        "num_spans": np.array([len(sample.spans) for sample in samples], dtype=np.int64),
+        "place": np.array([one.row.place for one in kept], dtype=np.int64),
+        "row": np.array([one.row.index for one in kept], dtype=np.int64),
+        "message": np.array([sample.message for sample in samples], dtype=np.int32),
+        "mode": np.array([MODES.index(sample.mode) for sample in samples], dtype=np.int8),
+        "turns": np.array([_num_turns(one.row.form) for one in kept], dtype=np.int32),
+        "hash": np.array([one.row_hash for one in kept], dtype=np.uint64),
+        "key": np.array([one.row.key for one in kept], dtype=np.float64),
+    }
+    np.savez(out, **arrays)  # type: ignore[arg-type]
     result.num_samples = len(kept)
-    result.num_tokens = len(ids_N)
-    result.num_supervised = int(supervised_S.sum())
-    result.modes.update(sample.mode for sample, _ in kept)
+    result.num_tokens = len(arrays["ids"])
+    result.num_supervised = int(arrays["supervised"].sum())
+    result.num_spans = len(spans)
+    result.has_weights = any(weight != 1.0 for _, _, weight in spans)
+    result.modes.update(sample.mode for sample in samples)
+
+
+def _num_turns(form: Conversation | RawText) -> int:
+    """Assistant turns of a conversation; a text is one."""
+    return 1 if isinstance(form, RawText) else sum(message.role == "assistant" for message in form.messages)

@@ -1,57 +1,52 @@
-"""Tokenize once: files to a content-addressed folder that every run with the same data shares."""
+"""Tokenize once: files to a content-addressed folder that every run with the same data shares.
+
+The work lies in `<fingerprint>.incomplete/`, part by part, until it is joined and renamed. Whoever finds it goes on
+with it: a later start after an interruption, another run with the same data, each rank of a job. Nobody waits for
+anybody but to see the last parts done, and a part that two make comes out the same.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from qwen_dist import run_dir
-from qwen_dist.config import Run, Source
+from qwen_dist.config import Run
+from qwen_dist.data.claims import claimed
 from qwen_dist.data.counts import check_results, count
-from qwen_dist.data.formats import detect_format
-from qwen_dist.data.part import Part, PartResult, encode_part
+from qwen_dist.data.files import is_readable_in_place, parts_of, stamp
+from qwen_dist.data.inputs import Inputs, Split, read_inputs
+from qwen_dist.data.part import Part
+from qwen_dist.data.part_result import PartResult
 from qwen_dist.data.prepared import Prepared, open_prepared, write_arrays
-from qwen_dist.data.rows import byte_parts, check_file, first_rows, shown
-from qwen_dist.data.tokenizer import ChatTokenizer, load_tokenizer
-from qwen_dist.errors import EnvironmentNotReady, RunFailed, UserError
+from qwen_dist.data.rows import shown
+from qwen_dist.data.workers import Task, Workers
+from qwen_dist.errors import EnvironmentNotReady, UserError
 
 __all__ = ["Prepared", "data_fingerprint", "open_prepared", "prepare"]
 
-Split = Literal["train", "eval"]
-# Raised whenever the same rows would come out as other tokens, so that no old folder is taken for a new one.
-ENCODING_VERSION = 1
 PART_BYTES = 4 << 20
-# Called with the bytes of the files done so far, and of all.
-Progress = Callable[[int, int], None]
+POLL_S = 0.2
+# Work that nobody has touched for so long is removed: its files or policies have changed since.
+STALE_WORK_S = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """Everything that decides the tokens; `identity` is what the fingerprint is made of."""
+class Done:
+    """How far the work is: bytes (row groups of Parquet files) of the parts, and rows."""
 
-    tokenizer: ChatTokenizer
-    sources: tuple[Source, ...]
-    formats: tuple[str, ...]
-    sizes: tuple[int, ...]
-    stats: tuple[tuple[int, int], ...]
-    identity: dict[str, Any]
+    num_bytes: int
+    num_bytes_all: int
+    num_rows: int
 
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
+
+Progress = Callable[[Done], None]
 
 
 def data_fingerprint(run: Run, split: Split) -> str:
@@ -60,171 +55,208 @@ def data_fingerprint(run: Run, split: Split) -> str:
     Raises:
         UserError: a file or the tokenizer cannot be used.
     """
-    return _inputs(run, split).fingerprint
+    return read_inputs(run, split).fingerprint
 
 
-def prepare(run: Run, split: Split, *, workers: int | None = None, progress: Progress | None = None) -> Prepared:
+def is_prepared(run: Run, fingerprint: str) -> bool:
+    """Whether the tokenized data with this fingerprint is there, whole."""
+    return (run_dir.prepared_dir(run, fingerprint) / "meta.json").is_file()
+
+
+def prepare(
+    run: Run, split: Split, *, workers: int | None = None, first: float = 0.0, progress: Progress | None = None
+) -> Prepared:
     """Tokenize `data.train` or `data.eval`, or open what was tokenized before.
 
     Args:
         workers: processes; default: one for each core this process may use. Without effect on the result.
-        progress: called after each part with (bytes done, bytes in all).
+        first: where in the parts to begin, a share of all: processes that work together begin at different places.
+        progress: called after each part.
 
     Raises:
         UserError: files, rows or settings that cannot be trained on; nothing is left behind.
+        EnvironmentNotReady: the cache cannot be written.
     """
-    inputs = _inputs(run, split)
-    target = run_dir.prepared_dir(run.output_dir, inputs.fingerprint)
-    if not (target / "meta.json").is_file():
-        with _incomplete(target) as folder:
-            _fill(folder, inputs, run, split, workers, progress)
-            with suppress(OSError):  # another starter came first: its folder holds the same
-                folder.rename(target)
-                run_dir.fsync_folder(target.parent)
-    prepared = open_prepared(run.output_dir, inputs.fingerprint)
-    for counted, source in zip(prepared.counts["sources"], inputs.sources, strict=True):
-        counted["path"] = source.path  # of the same rows under another name, this run's name
+    inputs = read_inputs(run, split)
+    cache = run_dir.cache_dir(run)
+    made = [folder for folder in (cache, *cache.parents) if not folder.exists()]
+    try:
+        inputs.digests.mkdir(parents=True, exist_ok=True)
+        while not is_prepared(run, inputs.fingerprint):
+            _Work(cache / inputs.fingerprint, inputs, run.data.max_tokens, workers, first, progress).do()
+    except OSError as error:
+        raise EnvironmentNotReady(
+            f"the tokenized data cannot be written to {cache} ({error.strerror or error}); free space there or set "
+            "output_dir to another place; what is done is kept."
+        ) from error
+    except UserError:
+        _remove_made(made, inputs.digests)
+        raise
+    prepared = open_prepared(run, inputs.fingerprint)
+    _name_as_now(prepared, inputs)
     return prepared
 
 
-def _inputs(run: Run, split: Split) -> _Inputs:
-    sources = run.data.train if split == "train" else run.data.eval
-    if not sources:
-        raise UserError(f"data.{split} names no file; add one.")
-    sizes = tuple(check_file(source.path) for source in sources)
-    formats = tuple(
-        detect_format(source.path, source.format, source.columns, first_rows(source.path, size))
-        for source, size in zip(sources, sizes, strict=True)
-    )
-    tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
-    stats = tuple(_stat(source.path) for source in sources)
-    identity = {
-        "encoding": ENCODING_VERSION,
-        "tokenizer": tokenizer.fingerprint,
-        "sources": [
-            {"sha256": _sha256(source.path), "format": row_format, "columns": source.columns}
-            for source, row_format in zip(sources, formats, strict=True)
-        ],
-        "system": run.data.system.model_dump(),
-        "max_tokens": run.data.max_tokens,
-    }
-    return _Inputs(tokenizer, sources, formats, sizes, stats, identity)
+def _name_as_now(prepared: Prepared, inputs: Inputs) -> None:
+    """Of the same rows under other names, this run's names."""
+    for counted, source in zip(prepared.counts["sources"], inputs.sources, strict=True):
+        counted["path"] = source.path
+    for known, file in zip(prepared.files, inputs.files, strict=True):
+        known["path"] = file.path
 
 
-def _fill(
-    folder: Path, inputs: _Inputs, run: Run, split: Split, workers: int | None, progress: Progress | None
-) -> None:
-    parts = _parts(folder, inputs, run)
-    results: list[PartResult] = []
-    num_done, num_bytes = 0, sum(inputs.sizes)
-    for part, result in zip(parts, _encode_all(parts, inputs.tokenizer, workers), strict=True):
-        results.append(result)
-        num_done += part.end - part.start
-        if progress:
-            progress(num_done, num_bytes)
-    for source, before in zip(inputs.sources, inputs.stats, strict=True):
-        if _stat(source.path) != before:
-            raise UserError(f"{shown(source.path)} changed while it was read; start again when it is whole.")
-    check_results(inputs.sources, results, run.data.max_tokens, split)
-    write_arrays(folder, results, [part.out for part in parts])
-    counts = count(inputs.sources, inputs.formats, results)
-    meta = {"fingerprint": inputs.fingerprint, "counts": counts, "identity": inputs.identity}
-    run_dir.write_json(folder / "meta.json", meta)
+class _Work:
+    """The unfinished work on one fingerprint."""
 
+    def __init__(
+        self,
+        target: Path,
+        inputs: Inputs,
+        max_tokens: int,
+        workers: int | None,
+        first: float,
+        progress: Progress | None,
+    ) -> None:
+        self.target = target
+        self.folder = target.with_name(f"{target.name}.incomplete")
+        self.inputs, self.max_tokens, self.first, self.progress = inputs, max_tokens, first, progress
+        self.workers = workers or len(os.sched_getaffinity(0))
 
-def _parts(folder: Path, inputs: _Inputs, run: Run) -> list[Part]:
-    ranges = [
-        (number, source, start, end)
-        for number, source in enumerate(inputs.sources)
-        for start, end in byte_parts(inputs.sizes[number], PART_BYTES)
-    ]
-    return [
-        Part(
-            source=number,
-            path=source.path,
-            row_format=inputs.formats[number],
-            columns=source.columns,
-            start=start,
-            end=end,
-            system=run.data.system,
-            max_tokens=run.data.max_tokens,
-            out=folder / f"part_{at:06d}.npz",
-        )
-        for at, (number, source, start, end) in enumerate(ranges)
-    ]
+    def do(self) -> None:
+        """Finish it, alone or with others.
 
-
-def _encode_all(parts: list[Part], tokenizer: ChatTokenizer, workers: int | None) -> Iterator[PartResult]:
-    """Results in the order of `parts`; a single part is not worth a process."""
-    num_workers = min(workers or len(os.sched_getaffinity(0)), len(parts))
-    if num_workers <= 1:
-        yield from (encode_part(part, tokenizer) for part in parts)
-        return
-    # Spawned, not forked: a fork of a process with threads (a progress bar, torch) may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (tokenizer.folder,)) as pool:
+        Raises:
+            UserError: rows that cannot be trained on; the work is removed.
+        """
+        _remove_stale(self.target.parent)
+        self.folder.mkdir(exist_ok=True)
         try:
-            yield from pool.map(_encode_in_worker, parts)
-        except BrokenProcessPool as error:
-            raise RunFailed(
-                "a tokenizer process was killed, most likely for lack of memory; start again on fewer cores, as with: "
-                "taskset -c 0 qwen-dist ..."
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            with Workers(self.workers, self.inputs.tokenizer) as pool:
+                units = self._convert(pool)
+                parts = self._parts()
+                results = self._encode(pool, parts)
+            self._check_unchanged()
+            check_results(self.inputs.sources, self.inputs.files, units, results, self.max_tokens, self.inputs.split)
+            self._join(units, parts, results)
+        except FileNotFoundError as error:
+            if self.folder.is_dir():
+                raise UserError(f"{error.filename} has vanished while it was read; bring it back.") from None
+            # else another starter has joined the parts, or refused them: look again
+        except UserError:
+            self._remove()
+            raise
+
+    def _convert(self, pool: Workers) -> list[str]:
+        """Turn files that cannot be read in place into JSONL; what each file's places are: lines or rows."""
+        tasks = [
+            Task("convert", self.folder / f"file_{number:06d}", file)
+            for number, file in enumerate(self.inputs.files)
+            if not is_readable_in_place(file)
+        ]
+        units = {task.out.name: task.result for task in self._until_done(pool, tasks, lambda done: None)}
+        return [units.get(f"file_{number:06d}", file.unit) for number, file in enumerate(self.inputs.files)]
+
+    def _parts(self) -> list[Part]:
+        parts: list[Part] = []
+        for number, (file, policy) in enumerate(zip(self.inputs.files, self.inputs.policies, strict=True)):
+            jsonl = None if is_readable_in_place(file) else self.folder / f"file_{number:06d}.jsonl"
+            for start, end in parts_of(file, jsonl, PART_BYTES):
+                parts.append(Part(len(parts), number, file, jsonl, start, end, policy))
+        return parts
+
+    def _encode(self, pool: Workers, parts: list[Part]) -> list[PartResult]:
+        tasks = [Task("encode", self._part_path(part), part) for part in parts]
+        num_bytes_all = sum(part.end - part.start for part in parts)
+        done = Done(0, num_bytes_all, 0)
+
+        def told(task: Task) -> None:
+            nonlocal done
+            part, result = task.work, PartResult.from_json(task.result)
+            done = Done(done.num_bytes + part.end - part.start, num_bytes_all, done.num_rows + result.num_rows)
+            if self.progress:
+                self.progress(done)
+
+        begin = int(self.first * len(tasks))
+        finished = self._until_done(pool, tasks[begin:] + tasks[:begin], told)
+        return [PartResult.from_json(task.result) for task in sorted(finished, key=lambda task: task.work.number)]
+
+    def _until_done(self, pool: Workers, tasks: list[Task], told: Callable[[Task], None]) -> list[Task]:
+        """Every task with its result: made here, or by another process that had claimed it."""
+        finished: list[Task] = []
+        while tasks:
+            open_tasks = []
+            for task in pool.run(tasks):
+                if task.result is None:
+                    open_tasks.append(task)
+                else:
+                    told(task)
+                    finished.append(task)
+            tasks = open_tasks
+            if tasks:
+                time.sleep(POLL_S)
+        return finished
+
+    def _check_unchanged(self) -> None:
+        for file, before in zip(self.inputs.files, self.inputs.stamps, strict=True):
+            if stamp(file) != before:
+                raise UserError(f"{shown(file.path)} changed while it was read; start again when it is whole.")
+
+    def _join(self, units: list[str], parts: list[Part], results: list[PartResult]) -> None:
+        """The arrays of all parts in one folder, which takes its name when it is whole."""
+        with claimed(self.folder / "join.claim") as is_ours:
+            if not is_ours:
+                time.sleep(POLL_S)
+                return  # and look again
+            joining = self.target.with_name(f"{self.target.name}.{uuid.uuid4().hex[:8]}.joining")
+            joining.mkdir()
+            try:
+                write_arrays(joining, results, [self._part_path(part).with_suffix(".npz") for part in parts])
+                run_dir.write_json(joining / "meta.json", self._meta(units, results))
+                with suppress(OSError):  # another starter came first: its folder holds the same
+                    joining.rename(self.target)
+                    run_dir.fsync_folder(self.target.parent)
+            finally:
+                shutil.rmtree(joining, ignore_errors=True)
+        self._remove()
+
+    def _remove(self) -> None:
+        """The work, at once for all that share it: one of them may just be writing there."""
+        gone = self.folder.with_name(f"{self.folder.stem}.{uuid.uuid4().hex[:8]}.joining")
+        with suppress(OSError):
+            self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _meta(self, units: list[str], results: list[PartResult]) -> dict[str, object]:
+        inputs = self.inputs
+        return {
+            "fingerprint": inputs.fingerprint,
+            "counts": count(inputs.sources, inputs.files, inputs.formats, units, results),
+            "files": [
+                {"path": file.path, "source": file.source, "unit": unit, "unread_keys": unread}
+                for file, unit, unread in zip(inputs.files, units, inputs.unread, strict=True)
+            ],
+            "identity": inputs.identity,
+        }
+
+    def _part_path(self, part: Part) -> Path:
+        """Named by its range: another version may cut the files elsewhere."""
+        return self.folder / f"part_{part.file_number}_{part.start}_{part.end}"
 
 
-_worker_tokenizer: ChatTokenizer
+def _remove_stale(cache: Path) -> None:
+    """Work that was interrupted and never gone on with."""
+    if not cache.is_dir():
+        return
+    for folder in (*cache.glob("*.incomplete"), *cache.glob("*.joining")):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > STALE_WORK_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_worker(folder: Path) -> None:
-    global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use every core
-    _worker_tokenizer = ChatTokenizer(folder)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next part for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(part: Part) -> PartResult:
-    return encode_part(part, _worker_tokenizer)
-
-
-@contextmanager
-def _incomplete(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` under a name of its own, gone afterwards unless it was renamed."""
-    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
-    folder = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.incomplete")
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-    except OSError as error:
-        raise EnvironmentNotReady(
-            f"the tokenized data cannot be written to {target.parent} ({error.strerror or error}); free space there "
-            "or set output_dir to another place."
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # it holds something: the data, or another starter's
-                parent.rmdir()
-
-
-def _stat(path: str) -> tuple[int, int]:
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _remove_made(made: list[Path], digests: Path) -> None:
+    """Folders that were made for nothing; those that hold something stay."""
+    if digests.parent in made:
+        shutil.rmtree(digests, ignore_errors=True)
+    for folder in made:
+        with suppress(OSError):
+            folder.rmdir()

@@ -6,57 +6,125 @@ what the template writes after it, up to and including the stop token.
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_dist.data.messages import Conversation, Message
+from qwen_dist.data.messages import Conversation, Message, RawText
+from qwen_dist.data.policy import Policy
 from qwen_dist.data.rows import BadRow
+from qwen_dist.data.thinking import empty_block, serving_of
 from qwen_dist.data.tokenizer import STOP_TOKEN, ChatTokenizer, Piece, join_pieces
 
-MODES = ("plain", "think", "no_think")
 # Noncharacters of Unicode: no text means anything by them, so one that the row lacks can mark its special strings.
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One supervised turn, cut at added tokens; `message` is its position in the row's own list."""
+    """One trained stretch, cut at added tokens: what is fed before it, and what must be emitted.
+
+    Args:
+        mode: plain, think or no_think: how it is served.
+        message: its position in the row's own list of messages, or segments.
+        weight: of its tokens in the loss, above 0.
+    """
 
     prompt: list[Piece]
     response: list[Piece]
     mode: str
     message: int
+    weight: float
 
 
-def turns_of(conversation: Conversation, tokenizer: ChatTokenizer) -> list[Turn]:
-    """Every assistant turn of a conversation, in order.
+def turns_of(row: Conversation | RawText, tokenizer: ChatTokenizer, policy: Policy) -> tuple[list[Turn], int]:
+    """The trained turns of a row, in order, and how often its content names a special token.
+
+    Raises:
+        BadRow: the row cannot be served as it stands.
+    """
+    return _of_text(row, tokenizer, policy) if isinstance(row, RawText) else _of_messages(row, tokenizer, policy)
+
+
+def _of_messages(conversation: Conversation, tokenizer: ChatTokenizer, policy: Policy) -> tuple[list[Turn], int]:
+    """The trained turns of a conversation.
 
     Raises:
         BadRow: the template cannot serve a turn, or what it writes is not what the row says.
     """
+    trained = trained_messages(conversation, policy)
+    if not trained:
+        return [], 0
     messages = [_for_template(message, tokenizer) for message in conversation.messages]
     tools = list(conversation.tools) if conversation.tools else None
-    mark = _mark_for(messages, tools, tokenizer)
+    mark, num_special = _mark_for(_texts(messages, tools), tokenizer, policy.special_tokens)
     if mark:
         messages, tools = tokenizer.mark_special(messages, mark), tools and tokenizer.mark_special(tools, mark)
-    turns = []
-    for at, message in enumerate(conversation.messages):
-        if message.role != "assistant":
-            continue
-        mode = _mode_of(message, tokenizer)
-        thinking = None if mode == "plain" else mode == "think"
-        try:
-            prompt = tokenizer.render(messages[:at], tools=tools, add_generation_prompt=True, enable_thinking=thinking)
-            full = tokenizer.render(messages[: at + 1], tools=tools, enable_thinking=thinking)
-            response = _response(prompt, full, messages[at])
-        except BadRow as error:
-            raise BadRow(f"message {message.index}: {error}") from None
-        response_pieces = tokenizer.pieces(response, mark)
-        if response_pieces.count(tokenizer.stop_id) != 1:
-            raise BadRow(f"message {message.index}: the chat template closes the turn more than once")
-        turns.append(Turn(tokenizer.pieces(prompt, mark), response_pieces, mode, message.index or 0))
-    return turns
+    return [_turn(conversation, at, messages, tools, mark, tokenizer, policy) for at in trained], num_special
+
+
+def trained_messages(conversation: Conversation, policy: Policy) -> list[int]:
+    """Positions of the assistant messages that are trained.
+
+    Raises:
+        BadRow: the row gives weights where everything is trained.
+    """
+    answers = [at for at, message in enumerate(conversation.messages) if message.role == "assistant"]
+    if policy.loss == "all" and conversation.has_weights:
+        raise BadRow("it gives weights to messages, and data.loss=all trains everything; set data.loss to responses")
+    if policy.loss == "last_response":
+        answers = answers[-1:]
+    return [at for at in answers if conversation.messages[at].weight > 0]
+
+
+def _turn(
+    conversation: Conversation,
+    at: int,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    mark: str,
+    tokenizer: ChatTokenizer,
+    policy: Policy,
+) -> Turn:
+    message = conversation.messages[at]
+    try:
+        serving = serving_of(message, conversation.messages[:at], tokenizer, policy)
+        thinking = serving.enable_thinking
+        prompt = tokenizer.render(messages[:at], tools=tools, add_generation_prompt=True, enable_thinking=thinking)
+        full = tokenizer.render(messages[: at + 1], tools=tools, enable_thinking=thinking)
+        response = _response(prompt, full, messages[at])
+        if serving.without_block:
+            response = _without_block(response, tokenizer)
+    except BadRow as error:
+        raise BadRow(f"message {message.index}: {error}") from None
+    pieces = tokenizer.pieces(response, mark)
+    if pieces.count(tokenizer.stop_id) != 1:
+        raise BadRow(f"message {message.index}: the chat template closes the turn more than once")
+    return Turn(tokenizer.pieces(prompt, mark), pieces, serving.mode, message.index or 0, message.weight)
+
+
+def _of_text(raw: RawText, tokenizer: ChatTokenizer, policy: Policy) -> tuple[list[Turn], int]:
+    """The trained stretches of a row without template: what stands before each is fed, as a serving engine feeds it.
+
+    Neighbouring segments of one weight are one stretch. The end-of-text token, where asked for, ends the last one.
+
+    Raises:
+        BadRow: special tokens in the text, where those are an error.
+    """
+    mark, num_special = _mark_for("\0".join(text.text for text in raw.segments), tokenizer, policy.special_tokens)
+    turns: list[Turn] = []
+    before, number = "", 0
+    for weight, group in itertools.groupby(raw.segments, key=lambda segment: segment.weight):
+        segments = list(group)
+        text = "".join(segment.text for segment in segments)
+        weight = 1.0 if policy.loss == "all" else weight
+        if weight > 0:
+            turns.append(Turn(_cut(before, mark, tokenizer), _cut(text, mark, tokenizer), "plain", number, weight))
+        before, number = before + text, number + len(segments)
+    if raw.end_of_text and turns:
+        turns[-1].response.append(tokenizer.pad_id)
+    return turns[-1:] if policy.loss == "last_response" else turns, num_special
 
 
 def prompt_ids(messages: list[dict[str, Any]], tokenizer: ChatTokenizer, enable_thinking: bool | None) -> list[int]:
@@ -66,7 +134,7 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: ChatTokenizer, enable_
         messages: as the template takes them.
         enable_thinking: None leaves the template's default.
     """
-    mark = _mark_for(messages, None, tokenizer)
+    mark, _ = _mark_for(_texts(messages, None), tokenizer, "text")
     marked = tokenizer.mark_special(messages, mark) if mark else messages
     pieces = tokenizer.pieces(
         tokenizer.render(marked, add_generation_prompt=True, enable_thinking=enable_thinking), mark
@@ -90,10 +158,11 @@ def _response(prompt: str, full: str, message: dict[str, Any]) -> str:
     return rest
 
 
-def _mode_of(message: Message, tokenizer: ChatTokenizer) -> str:
-    if not tokenizer.hybrid:
-        return "plain"
-    return "think" if message.reasoning else "no_think"
+def _without_block(response: str, tokenizer: ChatTokenizer) -> str:
+    block = empty_block(tokenizer)
+    if not response.startswith(block):
+        raise BadRow("the chat template writes no empty think block that data.thinking=none could leave out")
+    return response[len(block) :]
 
 
 def _for_template(message: Message, tokenizer: ChatTokenizer) -> dict[str, Any]:
@@ -117,17 +186,30 @@ def _arguments(call: dict[str, Any], tokenizer: ChatTokenizer) -> Any:
     return arguments
 
 
-def _mark_for(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, tokenizer: ChatTokenizer) -> str:
-    """A character that marks special tokens' names in this row; "" where it has none."""
+def _texts(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+    """All text that a row brings, in one string."""
     texts = [message["content"] for message in messages]
     texts += [message.get("reasoning_content", "") for message in messages]
     structured = [message["tool_calls"] for message in messages if "tool_calls" in message]
     if structured or tools:
         texts.append(json.dumps([structured, tools], ensure_ascii=False))
-    whole = "\0".join(texts)
-    if not tokenizer.has_special(whole):
-        return ""
+    return "\0".join(texts)
+
+
+def _mark_for(whole: str, tokenizer: ChatTokenizer, special_tokens: str) -> tuple[str, int]:
+    """A character that marks special tokens' names in this row ("" where none need it), and how many there are."""
+    names = tokenizer.special_in(whole)
+    if not names or special_tokens == "allow":
+        return "", len(names)
+    if special_tokens == "error":
+        raise BadRow(
+            f"its content holds the special token {names[0]}; remove it, or set data.special_tokens_in_content to text"
+        )
     mark = next((mark for mark in MARKS if mark not in whole), None)
     if mark is None:
         raise BadRow("it holds special tokens and all of U+FDD0 to U+FDEF")
-    return mark
+    return mark, len(names)
+
+
+def _cut(text: str, mark: str, tokenizer: ChatTokenizer) -> list[Piece]:
+    return tokenizer.pieces(tokenizer.mark_special(text, mark) if mark else text, mark)

@@ -22,8 +22,9 @@ from qwen_dist.train.world import World
 class Engine:
     """A DeepSpeed engine with the gradient contract of law 5.
 
-    The gradient of an optimizer step is the sum over its supervised tokens of d(-log p), divided by the number of
-    supervised tokens of the whole step: whatever the world size, accumulation and packing.
+    The gradient of an optimizer step is the sum over its supervised tokens of weight * d(-log p), divided by the sum of
+    the weights of the whole step (1 each, unless the data says otherwise): whatever the world size, accumulation and
+    packing.
     """
 
     def __init__(self, ds_engine: deepspeed.DeepSpeedEngine, backend: str, world: World) -> None:
@@ -31,7 +32,7 @@ class Engine:
         self.backend = backend
         self.world = world
 
-    def backward(self, batch: MicroBatch, step_supervised_tokens: int) -> torch.Tensor:
+    def backward(self, batch: MicroBatch, step_weight: float) -> torch.Tensor:
         """Add one micro-batch's share to the step's gradient.
 
         DeepSpeed averages gradients over the ranks (0.19.8), hence the factor world_size; its own division by the
@@ -39,13 +40,13 @@ class Engine:
 
         Args:
             batch: this rank's micro-batch.
-            step_supervised_tokens: supervised tokens of the whole step, over all ranks and micro-batches.
+            step_weight: sum of the supervised tokens' weights of the whole step, over all ranks and micro-batches.
 
         Returns:
-            The micro-batch's summed negative log-likelihood, a detached fp32 scalar on the device.
+            The micro-batch's weighted sum of negative log-likelihoods, a detached fp32 scalar on the device.
         """
         nll_sum = self._nll_sum(batch)
-        self.ds_engine.backward(nll_sum * (self.world.world_size / step_supervised_tokens), scale_wrt_gas=False)
+        self.ds_engine.backward(nll_sum * (self.world.world_size / step_weight), scale_wrt_gas=False)
         return nll_sum.detach()
 
     def step(self, lr: float) -> None:
@@ -60,17 +61,18 @@ class Engine:
 
     @torch.no_grad()
     def nll_sum(self, batch: MicroBatch) -> torch.Tensor:
-        """The micro-batch's summed negative log-likelihood without a gradient."""
+        """The micro-batch's weighted sum of negative log-likelihoods without a gradient."""
         return self._nll_sum(batch)
 
     def _nll_sum(self, batch: MicroBatch) -> torch.Tensor:
         # Found before the copy to the device: counting there would wait for it.
-        positions_N, targets_N = (
-            tensor.to(self.world.device, non_blocking=True) for tensor in supervised_positions(batch.labels_1T)
+        positions_N, targets_N, weights_N = (
+            tensor.to(self.world.device, non_blocking=True)
+            for tensor in supervised_positions(batch.labels_1T, batch.weights_1T)
         )
         arguments = forward_arguments(batch.to(self.world.device), self.backend)
         logits_1NV = self.ds_engine(**arguments, logits_to_keep=positions_N).logits
-        return summed_cross_entropy(logits_1NV[0], targets_N)
+        return summed_cross_entropy(logits_1NV[0], targets_N, weights_N)
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""

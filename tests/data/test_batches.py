@@ -11,10 +11,15 @@ from qwen_dist.data.batches import build_micro_batch
 class TwoSamples:
     """Samples 0 and 1: lengths 3 and 2."""
 
+    has_weights = False
+
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         ids = [[10, 11, 12], [20, 21]][index]
         labels = [[-100, 11, 12], [-100, 21]][index]
         return np.array(ids, np.int32), np.array(labels, np.int32)
+
+    def weights(self, index: int) -> np.ndarray:
+        return np.array([[0, 0.5, 2], [0, 1]][index], np.float32)
 
 
 def test_samples_lie_end_to_end() -> None:
@@ -27,6 +32,14 @@ def test_samples_lie_end_to_end() -> None:
     assert batch.cu_seq_lens.dtype == torch.int32
     assert batch.input_ids_1T.dtype == batch.labels_1T.dtype == batch.position_ids_1T.dtype == torch.int64
     assert type(batch.max_length) is int
+
+
+def test_weights_come_along_where_there_are_any() -> None:
+    weighted = TwoSamples()
+    weighted.has_weights = True
+    assert build_micro_batch(weighted, np.array([1, 0]), pad_id=99).weights_1T.tolist() == [[0, 1, 0, 0.5, 2]]
+    assert build_micro_batch(weighted, np.zeros(0, np.int64), pad_id=99).weights_1T is None
+    assert build_micro_batch(TwoSamples(), np.array([0]), pad_id=99).weights_1T is None
 
 
 def test_an_empty_pack_is_one_untrained_pad_token() -> None:

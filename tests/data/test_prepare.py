@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from qwen_dist.config import Run
+from qwen_dist.data import claims, workers
 from qwen_dist.data import prepare as prepare_module
-from qwen_dist.data.part import NO_ASSISTANT_TURN
-from qwen_dist.data.prepare import data_fingerprint, open_prepared, prepare
+from qwen_dist.data.claims import claimed
+from qwen_dist.data.part_result import NO_ASSISTANT_TURN
+from qwen_dist.data.prepare import Done, data_fingerprint, open_prepared, prepare
 from qwen_dist.errors import EnvironmentNotReady, UserError
 from tests.conftest import REPO
 
@@ -31,18 +33,19 @@ def run(qwen3_folder: Path, make_run: Any, write_rows: Any) -> Run:
 
 
 def folders(run: Run) -> list[str]:
-    return sorted(path.name for path in Path(run.output_dir, ".prepared").iterdir())
+    """What is prepared, and what is left of the work on it."""
+    return sorted(path.name for path in Path(run.output_dir, ".prepared").iterdir() if path.name != "digests")
 
 
 def test_second_time_is_free(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(run, "train")
-    monkeypatch.setattr(prepare_module, "encode_part", None)
+    monkeypatch.setattr(workers, "encode_part", None)
     second = prepare(run, "train")
-    assert second.dir == first.dir == open_prepared(run.output_dir, data_fingerprint(run, "train")).dir
+    assert second.dir == first.dir == open_prepared(run, data_fingerprint(run, "train")).dir
     assert second.counts == first.counts
     assert folders(run) == [first.fingerprint]
     with pytest.raises(UserError, match="is missing"):
-        open_prepared(run.output_dir, "nothing")
+        open_prepared(run, "nothing")
 
 
 def test_lines_count_through_all_parts(
@@ -52,11 +55,12 @@ def test_lines_count_through_all_parts(
     no_answer = {"messages": ROWS[0]["messages"][:1]}
     run = make_run(qwen3_folder, write_rows(["", *ROWS, "", no_answer]))
     monkeypatch.setattr(prepare_module, "PART_BYTES", 300)
-    done: list[tuple[int, int]] = []
-    prepared = prepare(run, "train", workers=1, progress=lambda *bytes_done: done.append(bytes_done))
+    done: list[Done] = []
+    prepared = prepare(run, "train", workers=1, progress=done.append)
     size = Path(run.data.train[0].path).stat().st_size
-    assert len(done) > 10 and done[-1] == (size, size)
+    assert len(done) > 10 and done[-1] == Done(size, size, 41)
     assert [prepared.origin(at)["row"] for at in range(40)] == list(range(40))
+    assert [prepared.origin(at)["place"] for at in range(40)] == list(range(2, 42))
     assert prepared.counts["sources"][0]["dropped_at"] == {NO_ASSISTANT_TURN: [f"{run.data.train[0].path}:43"]}
     with open(run.data.train[0].path, "a", encoding="utf-8") as file:
         file.write("{\n")
@@ -83,11 +87,16 @@ def test_the_fingerprint_is_of_what_decides_the_tokens(run: Run, qwen25_folder: 
         changed(run, "data", system={"policy": "replace", "text": "S"}),
         changed(run, "data", train=[{"path": str(path)}, {"path": str(moved)}]),
         changed(run, "model", tokenizer=str(qwen25_folder)),
+        changed(run, "data", loss="all"),
+        changed(run, "data", thinking="none"),
+        changed(run, "data", too_long="error"),
+        changed(run, "data", special_tokens_in_content="allow"),
+        changed(run, "data", on_bad_row="skip"),
     ]
     names = {data_fingerprint(other, "train") for other in others}
     moved.write_bytes(path.read_bytes().replace(b"Answer 7", b"Answer 8"))
     names.add(data_fingerprint(changed(run, "data", train=[{"path": str(moved)}]), "train"))
-    assert len(names | {name}) == 6
+    assert len(names | {name}) == 11
 
 
 def test_same_rows_under_another_name_are_shown_with_it(run: Run, tmp_path: Path) -> None:
@@ -95,18 +104,20 @@ def test_same_rows_under_another_name_are_shown_with_it(run: Run, tmp_path: Path
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(Path(run.data.train[0].path).read_bytes())
     prepared = prepare(changed(run, "data", train=[{"path": str(moved)}]), "train")
-    assert prepared.origin(3) == {"source": str(moved), "row": 3, "message": 1, "mode": "no_think"}
+    assert prepared.origin(3) == {
+        "source": str(moved), "place": 4, "row": 3, "message": 1, "mode": "no_think"
+    }  # fmt: skip
     assert len(folders(run)) == 1
 
 
 def test_a_file_that_changes_meanwhile_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def append(part: Any, tokenizer: Any) -> Any:
-        with open(part.path, "a", encoding="utf-8") as file:
+    def append(part: Any, *arguments: Any) -> Any:
+        with open(part.file.path, "a", encoding="utf-8") as file:
             file.write("\n")
-        return encode_part(part, tokenizer)
+        return encode_part(part, *arguments)
 
-    encode_part = prepare_module.encode_part
-    monkeypatch.setattr(prepare_module, "encode_part", append)
+    encode_part = workers.encode_part
+    monkeypatch.setattr(workers, "encode_part", append)
     with pytest.raises(UserError, match="changed while it was read"):
         prepare(run, "train")
     assert not Path(run.output_dir).exists()
@@ -118,22 +129,26 @@ def test_a_place_that_cannot_be_written_is_told(run: Run, tmp_path: Path) -> Non
         prepare(run.model_copy(update={"output_dir": str(tmp_path / "file" / "runs")}), "train")
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(run: Run) -> None:
+def test_a_full_disk_is_told_and_what_is_done_is_kept(qwen3_folder: Path, make_run: Any, write_rows: Any) -> None:
     """A limit on the size of files stands in for the disk: writing fails in the same way, with another number."""
+    run = make_run(qwen3_folder, write_rows(ROWS * 10))
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2);"
         "from qwen_dist.config import Run; from qwen_dist.data import prepare;"
         "prepare.PART_BYTES = 500;"
         "prepare.prepare(Run.model_validate_json(sys.argv[1]), 'train', workers=1)"
     )
-    for limit, while_in in (("1000", "encode_part"), ("3000", "write_arrays")):
+    for limit, while_in in (("1000", "encode_part"), ("10000", "write_arrays")):
         command = [sys.executable, "-c", code, run.model_dump_json(), limit]
         done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
         assert f"in {while_in}" in done.stderr
         told = done.stderr.splitlines()[-1]
         assert "EnvironmentNotReady: the tokenized data cannot be written to" in told
         assert "File too large" in told, told
-        assert not Path(run.output_dir).exists()
+        assert folders(run) == [f"{data_fingerprint(run, 'train')}.incomplete"]
+        assert not list(Path(run.output_dir).rglob("*.joining"))
+    assert prepare(run, "train").num_samples == 400
+    assert folders(run) == [data_fingerprint(run, "train")]
 
 
 def test_workers_end_with_a_parent_that_is_killed(run: Run, tmp_path: Path) -> None:
@@ -171,27 +186,131 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
         time.sleep(0.05)
 
 
+ONE_BY_ONE = (
+    "import sys, time; from qwen_dist.config import Run; from qwen_dist.data import prepare;"
+    "prepare.PART_BYTES = 500;"
+    "prepare.prepare(Run.model_validate_json(sys.argv[1]), 'train', workers=1, progress=lambda done: ({}))"
+)
+
+
+def test_interrupted_work_is_gone_on_with(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = ONE_BY_ONE.format("time.sleep(60) if done.num_rows > 20 else None")
+    killed = subprocess.Popen([sys.executable, "-c", slow, run.model_dump_json()], cwd=REPO)
+    work = Path(run.output_dir, ".prepared", f"{data_fingerprint(run, 'train')}.incomplete")
+    wait_until(lambda: work.is_dir() and len(list(work.glob("part_*.json"))) >= 4)
+    time.sleep(0.3)
+    killed.kill()
+    killed.wait()
+    made: list[int] = []
+
+    def counted(part: Any, *arguments: Any) -> Any:
+        made.append(part.number)
+        return encode_part(part, *arguments)
+
+    encode_part = workers.encode_part
+    monkeypatch.setattr(workers, "encode_part", counted)
+    monkeypatch.setattr(prepare_module, "PART_BYTES", 500)
+    prepared = prepare(run, "train", workers=1)
+    assert prepared.num_samples == 40 and made == [4, 5, 6, 7]
+    assert folders(run) == [prepared.fingerprint]
+
+
 def test_another_starter_that_ends_first_wins(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = prepare_module._fill
+    join = prepare_module._Work._join
 
-    def fill_late(*arguments: Any) -> None:
-        fill(*arguments)
-        monkeypatch.setattr(prepare_module, "_fill", fill)
+    def join_late(*arguments: Any) -> None:
+        monkeypatch.setattr(prepare_module._Work, "_join", join)
         prepare(run, "train")
+        join(*arguments)
 
-    monkeypatch.setattr(prepare_module, "_fill", fill_late)
+    monkeypatch.setattr(prepare_module._Work, "_join", join_late)
     assert prepare(run, "train").num_samples == 40
     assert folders(run) == [data_fingerprint(run, "train")]
 
 
-def test_starters_at_the_same_time_do_not_collide(run: Run) -> None:
+def test_starters_at_the_same_time_share_the_work(run: Run) -> None:
+    """Four at once, each with a place of its own to begin at: every part is made once."""
     code = (
-        "import sys; from qwen_dist.config import Run; from qwen_dist.data.prepare import prepare;"
-        "print(prepare(Run.model_validate_json(sys.argv[1]), 'train').num_samples)"
+        "import sys, time; from qwen_dist.config import Run; from qwen_dist.data import prepare, workers;"
+        "prepare.PART_BYTES = 300; encode = workers.encode_part\n"
+        "def counted(part, *rest): print('made', part.number); time.sleep(0.1); return encode(part, *rest)\n"
+        "workers.encode_part = counted\n"
+        "first = int(sys.argv[2]) / 4\n"
+        "print(prepare.prepare(Run.model_validate_json(sys.argv[1]), 'train', workers=1, first=first).num_samples)"
     )
     starters = [
-        subprocess.Popen([sys.executable, "-c", code, run.model_dump_json()], cwd=REPO, stdout=subprocess.PIPE)
-        for _ in range(3)
+        subprocess.Popen(
+            [sys.executable, "-c", code, run.model_dump_json(), str(at)], cwd=REPO, stdout=subprocess.PIPE, text=True
+        )
+        for at in range(4)
     ]
-    assert [starter.communicate()[0].strip() for starter in starters] == [b"40"] * 3
+    told = [starter.communicate()[0].split("\n")[:-1] for starter in starters]
+    assert [lines[-1] for lines in told] == ["40"] * 4
+    made = sorted(line for lines in told for line in lines[:-1])
+    assert len(made) == len(set(made)) > 10
     assert folders(run) == [data_fingerprint(run, "train")]
+
+
+def test_a_claim_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "part.claim"
+    path.touch()
+    with claimed(path) as is_ours:
+        assert not is_ours
+    time.sleep(0.1)
+    with claimed(path, stale_s=0.05) as is_ours:
+        assert is_ours
+        with claimed(path) as is_ours_too:
+            assert not is_ours_too
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_is_renewed_while_the_work_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.02)
+    path = tmp_path / "part.claim"
+    with claimed(path):
+        time.sleep(0.4)
+        with claimed(path, stale_s=0.2) as is_ours:
+            assert not is_ours
+
+
+def test_bytes_of_unchanged_files_are_read_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen_dist.data import inputs
+
+    name = prepare(run, "train").fingerprint
+    with monkeypatch.context() as patched:
+        patched.setattr(inputs, "digest", None)
+        assert data_fingerprint(run, "train") == name
+    path = Path(run.data.train[0].path)
+    path.write_bytes(path.read_bytes().replace(b"Answer 7", b"Answer 8"))
+    assert data_fingerprint(run, "train") != name
+
+
+def test_a_cache_of_each_node(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    prepared = prepare(changed(run, "data", cache="node"), "train")
+    assert prepared.dir.is_relative_to(tmp_path) and not Path(run.output_dir).exists()
+
+
+def test_files_of_every_kind_make_the_same_samples(qwen3_folder: Path, make_run: Any, tmp_path: Path) -> None:
+    import gzip
+    import json
+
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = "".join(f"{json.dumps(row)}\n" for row in ROWS)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.json").write_text(json.dumps(ROWS, indent=1))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "d.parquet")
+    names = ("a.jsonl", "b.jsonl.gz", "c.json", "d.parquet")
+    made = prepare(make_run(qwen3_folder, *(tmp_path / name for name in names)), "train", workers=2)
+    assert made.num_samples == 160
+    for at in range(160):
+        assert made.sample(at)[0].tolist() == made.sample(at % 40)[0].tolist()
+        assert made.array("hash")[at] == made.array("hash")[at % 40]
+    assert [file["unit"] for file in made.files] == ["line", "line", "line", "row"]
+    assert [made.origin(at)["place"] for at in (3, 43, 83, 123)] == [4, 4, 38, 4]
+    folder = prepare(make_run(qwen3_folder, tmp_path), "train")
+    assert folder.num_samples == 160 and folder.counts["sources"][0]["files"] == 4

@@ -2,8 +2,8 @@
 
     deepspeed --no_local_rank --num_gpus 2 tests/distributed/gradient_worker.py SPECS.json
 
-SPECS.json is a list of {"config", "packs", "out"}: a run's config, the step's packs as lists of sample numbers, and
-the file to write. Samples are made from their number alone.
+SPECS.json is a list of {"config", "packs", "has_weights", "out"}: a run's config, the step's packs as lists of sample
+numbers, whether tokens have weights, and the file to write. Samples are made from their number alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ VOCAB_SIZE = 64
 
 
 class NumberedSamples:
-    """Samples made from their number: ids at random, the second half supervised."""
+    """Samples made from their number: ids at random, the second half supervised, its tokens' weights at random too."""
+
+    def __init__(self, has_weights: bool) -> None:
+        self.has_weights = has_weights
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         numbers = np.random.default_rng(index)
@@ -36,26 +39,36 @@ class NumberedSamples:
         labels_T = np.where(np.arange(len(ids_T)) < len(ids_T) // 2, NOT_TRAINED, ids_T).astype(np.int32)
         return ids_T, labels_T
 
+    def weights(self, index: int) -> np.ndarray:
+        _, labels_T = self.sample(index)
+        values_T = np.random.default_rng(index + 1000).integers(1, 9, size=len(labels_T)) / 4
+        return np.where(labels_T == NOT_TRAINED, 0, values_T).astype(np.float32)
+
+    def weight(self, index: int) -> float:
+        """What the sample counts in the step's weight."""
+        return float(self.weights(index).sum() if self.has_weights else (self.sample(index)[1] != NOT_TRAINED).sum())
+
 
 def one_step(spec: dict, world: World) -> None:
     run = Run.model_validate(spec["config"])
     ds_config = deepspeed_config(run, world.world_size)
     engine = make_engine(run, ds_config, world)
     packs = [np.array(pack, dtype=np.int64) for pack in spec["packs"]]
-    batches = [build_micro_batch(NumberedSamples(), pack, pad_id=0) for pack in packs[world.rank :: world.world_size]]
-    supervised_tokens = sum(build_micro_batch(NumberedSamples(), pack, pad_id=0).num_supervised for pack in packs)
+    samples = NumberedSamples(spec["has_weights"])
+    batches = [build_micro_batch(samples, pack, pad_id=0) for pack in packs[world.rank :: world.world_size]]
+    step_weight = sum(samples.weight(int(index)) for pack in packs for index in pack)
 
     nll_sum = 0.0
     for batch in batches[:-1]:
-        nll_sum += float(engine.backward(batch, supervised_tokens))
+        nll_sum += float(engine.backward(batch, step_weight))
         engine.end_micro_batch()
-    nll_sum += float(engine.backward(batches[-1], supervised_tokens))
+    nll_sum += float(engine.backward(batches[-1], step_weight))
 
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     trainable = {name: p for name, p in engine.ds_engine.module.named_parameters() if p.requires_grad}
     gradients = {name: safe_get_full_grad(parameter).float().clone() for name, parameter in trainable.items()}
-    loss = world.sum([nll_sum])[0] / supervised_tokens
+    loss = world.sum([nll_sum])[0] / step_weight
     engine.step(run.optim.lr)
     weights = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in trainable.items()}
     if world.is_main:

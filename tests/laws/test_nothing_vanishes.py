@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_dist.config import Run, SystemMessage
-from qwen_dist.data.part import NO_ASSISTANT_TURN, TOO_LONG, Part, encode_part
+from qwen_dist.config import Run
+from qwen_dist.data.files import DataFile
+from qwen_dist.data.part import Part, encode_part
+from qwen_dist.data.part_result import NO_ASSISTANT_TURN, TOO_LONG
+from qwen_dist.data.policy import policy_of
 from qwen_dist.data.prepare import prepare
 from qwen_dist.data.rows import UTF8_BOM
 from qwen_dist.data.tokenizer import load_tokenizer
@@ -51,17 +54,16 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "key twice": ('{"messages": [], "messages": [1]}', "'messages' is given twice"),
     "no messages": ({"text": "x"}, "no messages"),
     "null messages": ({"messages": None}, "no messages"),
-    "messages a string": ({"messages": "hi"}, "messages is a string, not a list"),
+    "messages a string": ({"messages": "hi"}, "messages is not JSON"),
     "empty messages": ({"messages": []}, "messages is empty"),
     "message a string": ({"messages": ["hi"]}, "message 0 is a string, not an object"),
     "unknown role": ({"messages": [{"role": "bot", "content": "x"}]}, "message 0 has the role 'bot'"),
     "number": ({"messages": [{"role": "user", "content": 3}]}, "message 0 has content that is a number"),
-    "null content": (answer(content=None), "message 1 has content that is null"),
+    "null content": (answer(content=None), "message 1 is an assistant turn with nothing in it"),
     "empty answer": (answer(content=" \n"), "message 1 is an assistant turn with nothing in it"),
     "unclosed think": (answer(content="<think>Hm"), "message 1 opens <think> and never closes it"),
     "only thought": (answer(content="<think>Hm</think>"), "message 1 has reasoning but no answer"),
     "thought twice": (answer(content="<think>a</think>b", reasoning_content="c"), "gives its reasoning twice"),
-    "weight": (answer(content="A", train=False), "message 1 has train: false, but every assistant turn is trained"),
     "image": (answer(content=[{"type": "image_url"}]), "content part of type 'image_url'"),
     "arguments": (
         answer(content="", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
@@ -133,15 +135,14 @@ def test_nothing_left_to_train_on(qwen3_folder: Path, make_run: Any, write_rows:
     good = write_rows([chat("Q", "A")], "good.jsonl")
     assert refusal(make_run(qwen3_folder, nobody)).startswith(f"no assistant turn anywhere in {nobody}")
     assert refusal(make_run(qwen3_folder, good, nobody, max_tokens=8)).startswith("data.max_tokens=8 is shorter than")
-    assert refusal(make_run(qwen3_folder, good, blank)).startswith(f"{blank} holds no rows")
+    assert refusal(make_run(qwen3_folder, good, blank)).startswith(f"{blank} is empty")
 
 
 WRONG_FILES: dict[str, tuple[bytes | None, str]] = {
     "missing": (None, "no such file"),
-    "gzip": (b"\x1f\x8b\x08\x00", "is a gzip file, not JSONL"),
-    "array": (b'\n [\n {"messages": []}]', "is a JSON array, not JSONL"),
-    "utf-16": ('{"messages": []}'.encode("utf-16"), "is UTF-16 text, not JSONL"),
-    "text": (b'{"text": "once"}\n', "no known format has the keys text; known: messages (messages)"),
+    "zip": (b"PK\x03\x04" + bytes(30), "is a zip file"),
+    "utf-16": ('{"messages": []}'.encode("utf-16"), "is UTF-16 text"),
+    "keys": (b'{"body": "once"}\n', "no known format"),
 }
 
 
@@ -152,11 +153,6 @@ def test_a_wrong_file_is_refused_for_what_it_is(name: str, qwen3_folder: Path, m
     if content is not None:
         path.write_bytes(content)
     assert reason in refusal(make_run(qwen3_folder, path))
-
-
-def test_a_folder_is_refused(qwen3_folder: Path, make_run: Any, tmp_path: Path) -> None:
-    (tmp_path / "rows").mkdir()
-    assert "is a folder" in refusal(make_run(qwen3_folder, tmp_path / "rows"))
 
 
 COLUMNS = {
@@ -187,7 +183,7 @@ ROW = st.fixed_dictionaries({"messages": st.lists(MESSAGE, max_size=5)}) | JSON
 LINE = ROW.map(lambda row: json.dumps(row).encode()) | st.binary(max_size=20).map(lambda raw: raw.replace(b"\n", b""))
 
 
-def test_any_line_is_trained_dropped_or_refused(qwen3_folder: Path) -> None:
+def test_any_line_is_trained_dropped_or_refused(qwen3_folder: Path, make_run: Any) -> None:
     """Whatever is in a file, each of its rows is in exactly one of the three counts, and nothing crashes."""
     tokenizer = load_tokenizer(str(qwen3_folder))
 
@@ -197,10 +193,10 @@ def test_any_line_is_trained_dropped_or_refused(qwen3_folder: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "rows.jsonl")
             path.write_bytes(b"\n".join(lines))
-            size, out = path.stat().st_size, Path(folder, "part.npz")
-            result = encode_part(
-                Part(0, str(path), "messages", {}, 0, size, SystemMessage(), max_tokens, out), tokenizer
-            )
+            run = make_run(qwen3_folder, path, max_tokens=max_tokens)
+            policy = policy_of(run, run.data.train[0], "messages", tokenizer)
+            file = DataFile(0, str(path), "jsonl", "", path.stat().st_size)
+            result = encode_part(Part(0, 0, file, None, 0, file.size, policy), tokenizer, Path(folder, "part.npz"))
         num_rows = sum(bool(line.strip(b" \t\r\n")) for line in [lines[0].removeprefix(UTF8_BOM), *lines[1:]])
         assert result.num_rows == num_rows
         assert num_rows == result.num_rows_trained + result.num_bad + sum(result.rows_dropped.values())

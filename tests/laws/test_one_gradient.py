@@ -62,6 +62,8 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         "one pack and an empty one": (ALL_IN_ONE_AND_EMPTY, {}),
         "zero-3": (TWO_A_PACK, {"zero__stage": 3}),
         "recompute": (TWO_A_PACK, recompute),
+        "weighted reference": (ONE_A_PACK, {}),
+        "weighted packed": (ALL_IN_ONE_AND_EMPTY, {}),
         "lora reference": (ONE_A_PACK, {"method": lora}),
         "tied reference": (ONE_A_PACK, tied),
         "qwen2 reference": (ONE_A_PACK, qwen2),
@@ -75,6 +77,8 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         "2 processes zero-3": (TWO_A_PACK, {"zero__stage": 3}),
         "2 processes zero-3 uneven": (UNEVEN_WITH_EMPTY, {"zero__stage": 3}),
         "2 processes zero-3 recompute": (TWO_A_PACK, {"zero__stage": 3, **recompute}),
+        "weighted 2 processes": (UNEVEN_WITH_EMPTY, {}),
+        "weighted 2 processes zero-3": (TWO_A_PACK, {"zero__stage": 3, **recompute}),
         "tied 2 processes": (UNEVEN_WITH_EMPTY, tied),
         "tied 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"zero__stage": 3, **tied}),
         "qwen2 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"zero__stage": 3, **qwen2}),
@@ -89,7 +93,12 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 
 def run_steps(folder: Path, ways: dict, num_processes: int) -> dict[str, dict]:
     specs = [
-        {"config": config(folder, packs, **changes), "packs": packs, "out": str(folder / f"{name}.pt")}
+        {
+            "config": config(folder, packs, **changes),
+            "packs": packs,
+            "has_weights": name.startswith("weighted"),
+            "out": str(folder / f"{name}.pt"),
+        }
         for name, (packs, changes) in ways.items()
     ]
     spec_file = folder / f"specs_{num_processes}.json"
@@ -113,6 +122,7 @@ OTHER_MODELS = [
     "tied 2 processes", "tied 2 processes zero-3", "qwen2 2 processes zero-3", "moe 2 processes",
     "moe 2 processes zero-3",
 ]  # fmt: skip
+WEIGHTED = ["weighted packed", "weighted 2 processes", "weighted 2 processes zero-3"]
 LORA = ["lora 2 processes", "lora 2 processes recompute", "lora 2 processes zero-3"]
 
 
@@ -121,8 +131,8 @@ def test_the_gradient_does_not_depend_on_how_the_step_is_computed(steps: dict[st
     assert_same_step(steps[name], steps["reference"])
 
 
-@pytest.mark.parametrize("name", OTHER_MODELS + LORA)
-def test_nor_with_other_models_nor_of_adapters(steps: dict[str, dict], name: str) -> None:
+@pytest.mark.parametrize("name", OTHER_MODELS + LORA + WEIGHTED)
+def test_nor_with_other_models_nor_of_adapters_nor_of_weighted_tokens(steps: dict[str, dict], name: str) -> None:
     assert_same_step(steps[name], steps[f"{name.split()[0]} reference"])
 
 
@@ -138,8 +148,9 @@ def assert_same_step(step: dict, reference: dict) -> None:
         assert torch.allclose(step["weights"][name], expected, atol=2e-3), name
 
 
-def test_the_reference_gradient_is_that_of_plain_torch(steps: dict[str, dict], tmp_path: Path) -> None:
-    """One sample at a time, no packing, no DeepSpeed: the mean over supervised tokens, by torch's own loss."""
+@pytest.mark.parametrize("name", ["reference", "weighted reference"])
+def test_the_reference_gradient_is_that_of_plain_torch(steps: dict[str, dict], tmp_path: Path, name: str) -> None:
+    """One sample at a time, no packing, no DeepSpeed: the weighted mean over tokens, by torch's own loss."""
     sys.path.insert(0, str(WORKER.parent))
     from gradient_worker import NumberedSamples
 
@@ -148,13 +159,15 @@ def test_the_reference_gradient_is_that_of_plain_torch(steps: dict[str, dict], t
 
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     model = build_model(Run.model_validate(config(tmp_path, ONE_A_PACK)))
-    samples = [NumberedSamples().sample(index) for index in range(8)]
-    supervised_tokens = sum(int((labels_T != -100).sum()) for _, labels_T in samples)
-    for ids_T, labels_T in samples:
+    samples = NumberedSamples(has_weights=name.startswith("weighted"))
+    step_weight = sum(samples.weight(index) for index in range(8))
+    for index in range(8):
+        ids_T, labels_T = samples.sample(index)
+        weights_T = torch.tensor(samples.weights(index)) if samples.has_weights else torch.ones(len(ids_T))
         logits_TV = model(torch.tensor(ids_T[None], dtype=torch.long), use_cache=False).logits[0]
         targets_T = torch.tensor(labels_T[1:], dtype=torch.long)
-        nll = torch.nn.functional.cross_entropy(logits_TV[:-1], targets_T, ignore_index=-100, reduction="sum")
-        (nll / supervised_tokens).backward()
-    for name, parameter in model.named_parameters():
-        expected = steps["reference"]["gradients"][name]
-        assert torch.allclose(parameter.grad, expected, rtol=1e-4, atol=1e-6), name
+        nll_T = torch.nn.functional.cross_entropy(logits_TV[:-1], targets_T, ignore_index=-100, reduction="none")
+        ((nll_T * weights_T[1:]).sum() / step_weight).backward()
+    for parameter_name, parameter in model.named_parameters():
+        expected = steps[name]["gradients"][parameter_name]
+        assert torch.allclose(parameter.grad, expected, rtol=1e-4, atol=1e-6), parameter_name

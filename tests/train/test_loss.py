@@ -20,12 +20,13 @@ def test_value_and_gradient_equal_torchs(
     logits_NV = (torch.randn(10, 50) * 3).to(dtype)
     targets_N = torch.randint(0, 50, (10,))
     targets_N[[2, 7]] = -100
+    weights_N = torch.tensor([1, 0.5, 0, 3, 1, 1, 0.1, 0, 1, 2])
     expected_logits = logits_NV.float().clone().requires_grad_()
-    expected = F.cross_entropy(expected_logits, targets_N, ignore_index=-100, reduction="sum")
+    expected = (F.cross_entropy(expected_logits, targets_N, ignore_index=-100, reduction="none") * weights_N).sum()
     (expected * 0.25).backward()
 
     leaf_NV = logits_NV.clone().requires_grad_()
-    ours = summed_cross_entropy(leaf_NV * 1, targets_N)
+    ours = summed_cross_entropy(leaf_NV * 1, targets_N, weights_N)
     (ours * 0.25).backward()
 
     assert ours.dtype == torch.float32
@@ -37,20 +38,23 @@ def test_value_and_gradient_equal_torchs(
 def test_without_gradient_the_logits_are_left_alone() -> None:
     logits_NV = torch.randn(4, 9)
     before = logits_NV.clone()
-    summed_cross_entropy(logits_NV, torch.tensor([1, 2, 3, 4]))
+    summed_cross_entropy(logits_NV, torch.tensor([1, 2, 3, 4]), torch.ones(4))
     assert torch.equal(logits_NV, before)
 
 
 def test_position_t_predicts_token_t_plus_1() -> None:
     labels_1T = torch.tensor([[-100, -100, 7, 8, -100, 9]])
-    positions_N, targets_N = supervised_positions(labels_1T)
+    positions_N, targets_N, weights_N = supervised_positions(labels_1T)
     assert positions_N.tolist() == [1, 2, 4]
     assert targets_N.tolist() == [7, 8, 9]
+    assert weights_N.tolist() == [1, 1, 1]
+    weights_1T = torch.tensor([[0, 0, 0.5, 2, 0, 3]])
+    assert supervised_positions(labels_1T, weights_1T)[2].tolist() == [0.5, 2, 3]
 
 
 @pytest.mark.parametrize("labels", [[-100], [-100, -100, -100]])
 def test_a_pack_without_supervised_tokens_still_has_a_position(labels: list[int]) -> None:
-    positions_N, targets_N = supervised_positions(torch.tensor([labels]))
+    positions_N, targets_N, weights_N = supervised_positions(torch.tensor([labels]))
     assert positions_N.tolist() == [0]
     assert targets_N.tolist() == [-100]
-    assert summed_cross_entropy(torch.randn(1, 5), targets_N) == 0
+    assert summed_cross_entropy(torch.randn(1, 5), targets_N, weights_N) == 0

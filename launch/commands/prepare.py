@@ -1,0 +1,78 @@
+"""`qwen-dist prepare`: tokenize ahead of a run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+if TYPE_CHECKING:
+    from qwen_dist.config import Run
+
+EPILOG = """\b
+Example:
+  qwen-dist prepare run.yaml
+  qwen-dist prepare run.yaml --workers 16
+  srun -c 32 qwen-dist prepare run.yaml
+
+\b
+Needs no GPU. Interrupted, the same command goes on
+with the rest; several at once share the work.
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("run_file", metavar="RUN.yaml", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; default: one for each core it may use.")
+@click.option("--json", "as_json", is_flag=True, help="For a machine to read.")
+def command(run_file: Path, overrides: tuple[str, ...], workers: int | None, as_json: bool) -> int:
+    """Tokenize training and held-out data once, into a cache that inspect, plan and train use."""
+    from launch.run_file import load_run
+    from launch.show import aligned
+
+    loaded = load_run(run_file, overrides)
+    for warning in loaded.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    run = loaded.run
+    splits: list[Literal["train", "eval"]] = ["train", "eval"] if run.data.eval else ["train"]
+    told = {split: _prepare(run, split, workers) for split in splits}
+    if as_json:
+        click.echo(json.dumps(told, ensure_ascii=False, indent=2))
+        return 0
+    click.echo(aligned([line for split in splits for line in _lines(split, told[split])]))
+    click.echo(f"\nNext: qwen-dist inspect {shlex.join([str(run_file), *overrides])}")
+    return 0
+
+
+def _prepare(run: Run, split: Literal["train", "eval"], workers: int | None) -> dict[str, Any]:
+    from launch.prepare_data import prepare_shown
+    from qwen_dist.data.prepare import data_fingerprint, is_prepared
+
+    was_there = is_prepared(run, data_fingerprint(run, split))
+    started = time.monotonic()
+    prepared = prepare_shown(run, split, workers)
+    return {
+        "folder": str(prepared.dir),
+        "was_there": was_there,
+        "seconds": round(time.monotonic() - started, 3),
+        **{key: prepared.counts[key] for key in ("rows", "rows_trained", "samples", "tokens", "supervised_tokens")},
+        "dropped": prepared.counts["dropped"],
+    }
+
+
+def _lines(split: str, told: dict[str, Any]) -> list[tuple[str, str]]:
+    from launch.show import short_path
+
+    rate = f"{told['rows'] / max(told['seconds'], 1e-3):,.0f} rows/s"
+    how = "was tokenized before" if told["was_there"] else f"{told['seconds']:.1f} s, {rate}"
+    return [
+        (split, f"{told['rows']:,} rows, {told['samples']:,} samples, {how}"),
+        ("", f"{told['tokens']:,} tokens, {told['supervised_tokens']:,} trained"),
+        *(("dropped", f"{number:,}: {reason}") for reason, number in sorted(told["dropped"].items())),
+        ("in", short_path(told["folder"])),
+    ]
