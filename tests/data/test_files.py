@@ -10,8 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 
 from qwen_dist.config import Source
 from qwen_dist.data import files
 from qwen_dist.data.files import DataFile, find_files, first_rows, is_readable_in_place, to_jsonl
-from qwen_dist.data.rows import BadRow, parse_row, row_hash
+from qwen_dist.data.rows import parse_row
 from qwen_dist.errors import UserError
 
 ROWS: list[dict[str, Any]] = [
@@ -76,18 +72,6 @@ def numbered_rows(file: DataFile, folder: Path, part_bytes: int = 1 << 20) -> li
     return found
 
 
-def refusal(path: Path) -> str:
-    """The sentence with which a file is refused, by whatever step refuses it."""
-    with pytest.raises(UserError) as error:
-        file = one(path)
-        first_rows(file)
-        to_jsonl(file, path.with_name("out.jsonl"))
-    assert not path.with_name("out.jsonl").exists()
-    sentence = str(error.value)
-    assert "\n" not in sentence and sentence.endswith(".")
-    return sentence.replace(str(path), "FILE")
-
-
 KINDS = {
     "plain.jsonl": (JSONL, "jsonl", "", [1, 2, 3]),
     "bom.jsonl": (b"\xef\xbb\xbf" + JSONL, "jsonl", "", [1, 2, 3]),
@@ -95,6 +79,7 @@ KINDS = {
     "packed.jsonl.gz": (gzip.compress(b"\n" + JSONL), "jsonl", "gzip", [2, 3, 4]),
     "packed_plain_name.jsonl": (gzip.compress(JSONL), "jsonl", "gzip", [1, 2, 3]),
     "two_members.jsonl.gz": (gzip.compress(JSONL[:9]) + gzip.compress(JSONL[9:]), "jsonl", "gzip", [1, 2, 3]),
+    "padded.jsonl.gz": (gzip.compress(JSONL) + bytes(512), "jsonl", "gzip", [1, 2, 3]),
     "packed.jsonl.zst": (zstd(b"\xef\xbb\xbf\n" + JSONL), "jsonl", "zstd", [2, 3, 4]),
     "two_frames.zst": (b"\x51*M\x18\x02\0\0\0ab" + zstd(JSONL[:9]) + zstd(JSONL[9:]), "jsonl", "zstd", [1, 2, 3]),
     "array.json": (ARRAY, "json_array", "", [2, 7, 12]),
@@ -142,62 +127,19 @@ def test_rows_that_begin_on_one_line_are_counted_as_rows(tmp_path: Path) -> None
     assert out.read_bytes() == b'\n{"a": 1}\n{"a": 2}\n\n{"a":  3}\n'
 
 
+def test_cells_and_lines_may_be_large(tmp_path: Path) -> None:
+    text = "x" * 3_000_000  # more than a block, and more than the csv module takes unasked
+    (tmp_path / "a.csv").write_text(f"a,b\n{text},1\n")
+    (tmp_path / "b.json").write_text(json.dumps([{"a": text, "b": "1"}]))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(json.dumps({"a": text, "b": "1"}).encode()))
+    for name in ("a.csv", "b.json", "c.jsonl.gz"):
+        assert [row for _, row in numbered_rows(one(tmp_path / name), tmp_path)] == [{"a": text, "b": "1"}]
+
+
 def test_places() -> None:
     assert files.place("a/b.jsonl", "line", 12) == "a/b.jsonl:12"
     assert files.place("a/b.parquet", "row", 12) == "a/b.parquet row 12"
     assert files.place(os.path.abspath("a.jsonl"), "line", 1) == "a.jsonl:1"
-
-
-REFUSED = {
-    "a.jsonl": (b"", "FILE is empty; remove it from the run file, or make it again."),
-    "b.jsonl": (b"\xef\xbb\xbf \n\n", "FILE is empty; remove it from the run file, or make it again."),
-    "c.jsonl.gz": (gzip.compress(b"\n"), "FILE, unpacked, is empty; remove it from the run file, or make it again."),
-    "d.jsonl": (b"PK\x03\x04" + bytes(50), "FILE is a zip file (a workbook of Excel is one too); unpack it"),
-    "e.jsonl": (JSONL.decode().encode("utf-16"), "FILE is UTF-16 text; save it as UTF-8"),
-    "f.csv": (JSONL.decode().encode("utf-16-le"), "FILE is UTF-16 text; save it as UTF-8"),
-    "g.parquet": (b"PAR1" + bytes(50), "FILE cannot be read as Parquet ("),
-    "h.parquet": (parquet(ROWS)[:-9], "FILE cannot be read as Parquet ("),
-    "i.jsonl": (bytes(range(200)), "FILE is binary data; convert it to JSONL in UTF-8."),
-    "j.gz": (gzip.compress(gzip.compress(JSONL)), "FILE, unpacked, is a gzip file again; unpack it once."),
-    "k.zst": (zstd(parquet(ROWS)), "FILE, unpacked, is a Parquet file; name it without packing it."),
-    "l.json": (json.dumps(ROWS[0], indent=1).encode(), "FILE holds objects over several lines; write one a line"),
-    "m.jsonl.gz": (gzip.compress(JSONL)[:-9], "FILE:4: the gzip data is cut off here; copy or pack the file again."),
-    "n.jsonl.gz": (
-        gzip.compress(JSONL)[:-8] + bytes(8),
-        "FILE:1: the gzip data is damaged (Error -3 while decompressing data: incorrect data",
-    ),
-    "o.jsonl.gz": (
-        gzip.compress(JSONL) + b"xx",
-        "FILE:4: the gzip data is damaged (Error -3 while decompressing data: incorrect head",
-    ),
-    "p.jsonl.zst": (zstd(JSONL)[:-2], "FILE:1: the zstd data is cut off here; copy or pack the file again."),
-    "q.jsonl.zst": (zstd(JSONL) + b"xxxxxxxx", "FILE:4: the zstd data is damaged ("),
-    "r.json": (b'[\n{"a": 1},\n{"a": 2}\n', "FILE:4: not a JSON array: it ends without its closing ]"),
-    "s.json": (b'[\n{"a": 1},\n{"a": 2\n\n', "FILE:3: not a JSON array: the element that begins here is never closed"),
-    "t.json": (b'[\n{"a": 1}\n{"a": 2}\n]', "FILE:3: not a JSON array: an element is followed by a comma or the"),
-    "u.json": (b'[\n{"a": 1},\n]', "FILE:3: not a JSON array: a comma before the closing ]; remove it."),
-    "v.json": (b'[{"a": 1}]\n\n{"a": 2}', "FILE:3: not a JSON array: the array ends before this; remove what follows"),
-    "w.json": (b'[{"a": 1},\n{"a": [1, 2}, {"b": 1}]', "FILE:2: not a JSON array: a bracket of the element"),
-    "x.json": (b'[{"a": 1},\n, {"a": 2}]', "FILE:2: not a JSON array: an element is missing, found ','."),
-    "y.csv": (b"a,b\n1,2\n\n1,2,3\n", "FILE:4: the record has 3 cells, the header 2; put cells that hold a comma or"),
-    "z.csv": (b"a,b,a\n1,2,3\n", "FILE:1: the header has the name 'a' twice; rename or remove one column."),
-    "za.csv": (b'a,b\n1,2\n"x\ny,2\n1,2\n', "FILE:3: the record that begins here is broken (unexpected end of data)"),
-    "zb.csv": (b'a,b\n1,"2"x\n', "FILE:2: the record that begins here is broken ("),
-    "zc.csv": (b"a,b\n1,\xff\n", "FILE:2: not UTF-8 (byte 0xff at byte 3 of the line); save the file as UTF-8."),
-    "zd.csv": (b"a;b\n1;2\n", "FILE:1: the cells are separated by ';'; save the file as CSV."),
-    "ze.csv": (b"x" * 300 + b",b\n1,2\n", "FILE:1: the first record is no header; put the columns' names above it."),
-    "zf.parquet": (
-        parquet([{"a": 1}])[:4] + parquet([{"a": 1}])[4:].replace(b"PAR1", b"PARX"),
-        "FILE cannot be read as",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path: Path, name: str) -> None:
-    content, sentence = REFUSED[name]
-    (tmp_path / name).write_bytes(content)
-    assert refusal(tmp_path / name).startswith(sentence)
 
 
 def test_paths_that_name_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,63 +234,3 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).unlink()
     assert (tmp_path / "out.jsonl").stat().st_size > 60e6
     assert grown_kib < 25 * 1024
-
-
-def through(path: Path) -> None:
-    """A file through every function, as a run would."""
-    file = one(path)
-    files.digest(file)
-    files.stamp(file)
-    first_rows(file)
-    out = path.with_name("out.jsonl")
-    if not is_readable_in_place(file):
-        to_jsonl(file, out)
-    jsonl = None if is_readable_in_place(file) else out
-    for start, end in files.parts_of(file, jsonl, 64):
-        for _, content in files.read_rows(file, jsonl, start, end):
-            row_hash(content)
-            if isinstance(content, bytes) and content:
-                with suppress(BadRow):
-                    parse_row(content)
-
-
-WHOLE = [
-    JSONL,
-    ARRAY,
-    gzip.compress(JSONL),
-    zstd(JSONL),
-    parquet(ROWS),
-    csv_of(","),
-    csv_of("\t"),
-    gzip.compress(ARRAY),
-]
-NAMES = st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv.gz", "a.parquet", "a.jsonl.zst", "a"])
-
-
-@st.composite
-def damaged(draw: Callable[..., Any]) -> bytes:
-    """A sound file with a few bytes changed, then cut."""
-    content = bytearray(draw(st.sampled_from(WHOLE)))
-    for _ in range(draw(st.integers(0, 3))):
-        content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
-    return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
-
-
-def test_nothing_but_a_sentence_comes_of_damaged_files(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("damaged")
-
-    @settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
-    @given(name=NAMES, content=st.one_of(st.binary(max_size=60), damaged()))
-    @example(name="a.json", content=b"[" * 100_000)
-    @example(name="a.json", content=b'[{"a":' * 100_000)
-    @example(name="a.json", content=b"[" + b"1" * 10_000 + b"]")
-    @example(name="a.jsonl", content=b'{"a":' * 100_000)
-    def check(name: str, content: bytes) -> None:
-        path = folder / name
-        path.write_bytes(content)
-        try:
-            through(path)
-        except UserError as error:
-            assert "\n" not in str(error) and str(error).endswith(".")
-
-    check()
