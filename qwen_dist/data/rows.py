@@ -125,17 +125,3 @@ def _no_constant(name: str) -> None:
 # Made once: json.loads makes a new decoder for each row that it is given a hook for, which is half of its time.
 _decode = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant).decode
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), check_circular=False).encode
-
-
-def check_file(path: str) -> int:
-    from qwen_dist.config import Source
-    from qwen_dist.data.sources import find_files
-
-    return find_files([Source(path=path)])[0].size
-
-
-def first_rows(path: str, size: int) -> list[dict[str, Any]]:
-    from qwen_dist.config import Source
-    from qwen_dist.data import files
-
-    return files.first_rows(files.find_files([Source(path=path)])[0])
