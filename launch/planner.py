@@ -10,17 +10,28 @@ from qwen_dist.config import Run
 
 
 @dataclass(frozen=True)
+class SourceShare:
+    """What an epoch uses of one source, as shares of the whole."""
+
+    path: str
+    rows: float
+    tokens: float
+    trained_tokens: float
+
+
+@dataclass(frozen=True)
 class DataCounts:
     """What the training data holds after preparation.
 
     Attributes:
         rows: rows in the files.
         samples: samples made of them.
-        tokens: tokens of one epoch.
+        tokens: tokens of the first epoch.
         supervised_tokens: those that are trained.
         dropped: reason -> rows or samples that are not trained on.
         packs_per_epoch: packs in each epoch.
         is_exact: counted, not estimated from some of the rows.
+        shares: of each source, where there are several and they were counted.
     """
 
     rows: int
@@ -30,6 +41,7 @@ class DataCounts:
     dropped: dict[str, int]
     packs_per_epoch: tuple[int, ...]
     is_exact: bool
+    shares: tuple[SourceShare, ...] = ()
 
 
 @dataclass(frozen=True)

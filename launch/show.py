@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from launch.planner import Plan
+from launch.planner import Plan, SourceShare
 
 
 def plan_text(plan: Plan) -> str:
@@ -28,12 +28,25 @@ def plan_text(plan: Plan) -> str:
             ("", f"{count(plan.tokens_per_step)} tokens on average"),
             ("data", f"{count(data.rows)} rows, {count(data.samples)} samples"),
             ("", f"{count(data.tokens)} tokens, {count(data.supervised_tokens)} trained ({trained:.0%})"),
+            *_mixture(data.shares),
             *(("dropped", f"{count(number)}: {reason}") for reason, number in sorted(data.dropped.items())),
             ("epoch", f"{count(data.packs_per_epoch[0])} packs, {count(plan.steps_per_epoch)} steps"),
             ("length", f"{count(plan.total_steps)} steps, {epochs} {'epoch' if epochs == 1 else 'epochs'}"),
             ("", f"{count(plan.total_tokens)} tokens, {count(plan.total_supervised_tokens)} trained"),
         ]
     )
+
+
+def _mixture(shares: Sequence[SourceShare]) -> list[tuple[str, str]]:
+    """What each source is of an epoch."""
+    return [
+        (
+            "" if number else "mixture",
+            f"{os.path.basename(share.path)}: {share.rows:.1%} of rows, {share.tokens:.1%} of tokens, "
+            f"{share.trained_tokens:.1%} of trained",
+        )
+        for number, share in enumerate(shares)
+    ]
 
 
 def aligned(pairs: Sequence[tuple[str, str]]) -> str:

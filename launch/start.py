@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +108,7 @@ def make_start(loaded: Loaded) -> Start:
     before = found.record if kind == "resume" else None
     if before is not None:
         check_data(before, fingerprints, run_dir.path)
-    plan = make_plan(run, per_node, exact_counts(run, train))
+    plan = make_plan(run, per_node, exact_counts(run, train, held_out))
     counts = {"train": train.counts, "eval": held_out.counts if held_out else None}
     files = {run_dir.run_json.name: make_record(loaded, fingerprints, counts, before), **files}
     is_done = kind == "resume" and _is_finished(run_dir, plan)
@@ -128,7 +127,7 @@ def _check_model(run: Run) -> None:
 
 def _prepare(run: Run) -> tuple[Prepared, Prepared | None]:
     """Tokenize training and held-out data, both or neither."""
-    from qwen_dist.data.prepare import data_fingerprint, is_prepared
+    from qwen_dist.data.prepare import data_fingerprint, forget, is_prepared
 
     if not run.data.eval:
         return prepare_shown(run, "train"), None
@@ -138,18 +137,8 @@ def _prepare(run: Run) -> tuple[Prepared, Prepared | None]:
         return prepare_shown(run, "train"), held_out
     except UserError:
         if not is_there:
-            _forget(held_out)
+            forget(run, held_out)
         raise
-
-
-def _forget(prepared: Prepared) -> None:
-    """Remove prepared data that no run uses, and the folders around it that it leaves empty."""
-    shutil.rmtree(prepared.dir, ignore_errors=True)
-    for folder in (prepared.dir.parent, prepared.dir.parent.parent):
-        try:
-            folder.rmdir()
-        except OSError:
-            return
 
 
 def _is_finished(run_dir: RunDir, plan: Plan) -> bool:

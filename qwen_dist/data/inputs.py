@@ -63,18 +63,33 @@ class Inputs:
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
 
+    @property
+    def num_unread_bytes(self) -> int:
+        """Bytes that the fingerprint has to read: of files that are new or changed."""
+        known = [self._remembered(file, now) for file, now in zip(self.files, self.stamps, strict=True)]
+        return sum(file.size for file, digest_of in zip(self.files, known, strict=True) if digest_of is None)
+
     def _digest(self, file: DataFile, now: tuple[int, ...]) -> str:
         """The file's digest, remembered from the last time where size, times and inode are still the same."""
-        memory = self.digests / hashlib.sha256(file.path.encode()).hexdigest()[:32]
-        with suppress(OSError, ValueError, KeyError):
-            known = json.loads(memory.read_text(encoding="utf-8"))
-            if known["stamp"] == list(now):
-                return str(known["digest"])
+        known = self._remembered(file, now)
+        if known is not None:
+            return known
         found = digest(file)
         if stamp(file) == now and self.digests.is_dir():  # a plan leaves no trace where nothing was ever prepared
             with suppress(OSError):
-                run_dir.write_json(memory, {"path": file.path, "stamp": list(now), "digest": found})
+                memory = {"path": file.path, "stamp": list(now), "digest": found}
+                run_dir.write_json(self._memory(file), memory)
         return found
+
+    def _remembered(self, file: DataFile, now: tuple[int, ...]) -> str | None:
+        with suppress(OSError, ValueError, KeyError):
+            known = json.loads(self._memory(file).read_text(encoding="utf-8"))
+            if known["stamp"] == list(now):
+                return str(known["digest"])
+        return None
+
+    def _memory(self, file: DataFile) -> Path:
+        return self.digests / hashlib.sha256(file.path.encode()).hexdigest()[:32]
 
 
 def read_inputs(run: Run, split: Split) -> Inputs:

@@ -90,7 +90,7 @@ def prepare(
             "output_dir to another place; what is done is kept."
         ) from error
     except UserError:
-        _remove_made(made, inputs.digests)
+        _remove_empty(made, inputs.digests)
         raise
     prepared = open_prepared(run, inputs.fingerprint)
     _name_as_now(prepared, inputs)
@@ -253,10 +253,17 @@ def _remove_stale(cache: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_made(made: list[Path], digests: Path) -> None:
-    """Folders that were made for nothing; those that hold something stay."""
-    if digests.parent in made:
+def forget(run: Run, prepared: Prepared) -> None:
+    """Remove prepared data that no run uses, and the folders around it that it leaves empty."""
+    shutil.rmtree(prepared.dir, ignore_errors=True)
+    cache = run_dir.cache_dir(run)
+    _remove_empty([cache, cache.parent], cache / "digests")
+
+
+def _remove_empty(folders: list[Path], digests: Path) -> None:
+    """Folders that were made for nothing; those that hold something but remembered digests stay."""
+    if digests.parent.is_dir() and set(digests.parent.iterdir()) == {digests}:
         shutil.rmtree(digests, ignore_errors=True)
-    for folder in made:
+    for folder in folders:
         with suppress(OSError):
             folder.rmdir()

@@ -22,7 +22,7 @@ CASES = {
         "data.max_tokens=8 is shorter than every sample",
     ),
     "batch does not divide": ({"batch": {"packs_per_step": 3}}, None, "batch.packs_per_step=3 does not divide over 2"),
-    "empty file": ({}, "", "rows.jsonl holds no rows"),
+    "empty file": ({}, "", "rows.jsonl is empty"),
     "bad held-out rows": (
         {"data": {"train": [{"path": "rows.jsonl"}], "eval": [{"path": "config.json"}], "max_tokens": 64}},
         None,

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from launch.data_counts import estimated_counts, quick_counts
+from launch.data_counts import quick_counts
+from launch.data_estimate import estimated_counts
 from launch.planner import DataCounts, make_plan
 from launch.run_file import load_run
 from launch.show import plan_text
@@ -104,8 +105,7 @@ def test_an_estimate_is_near_and_marked(project, cli):
     rows = [ROWS[n * 7 % 40] for n in range(6000)]
     (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = load_run(project / "run.yaml", environ={}).run
-    size = (project / "rows.jsonl").stat().st_size
-    estimate = estimated_counts(run, [size], budget_s=0.0)
+    estimate = estimated_counts(run, budget_s=0.0)
     assert not estimate.is_exact
     exact = prepare(run, "train").counts
     assert estimate.rows == pytest.approx(len(rows), rel=0.05)
