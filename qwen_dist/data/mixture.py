@@ -99,14 +99,36 @@ def make_mixture(
     streams = _streams(data.train, table, seed, _kept(data, table, held_out_hashes_N))
     if not any(stream.num_rows for stream in streams):
         raise UserError("every row of data.train is dropped; set data.eval_in_train or data.duplicates to keep.")
-    if not data.has_shares:
-        begins = [
-            _rounded(_exact(source.repeat) * stream.num_rows * epoch for epoch in range(epochs + 1))
-            for source, stream in zip(data.train, streams, strict=True)
-        ]
-    else:
-        begins = _begins_of_shares(data, table, streams, epochs)
+    unit = data.share_unit if data.has_shares else "rows"
+    totals = [_total(stream, table, unit) for stream in streams]
+    begins = [
+        _positions(stream, table, unit, total, _rounded(times * total * epoch for epoch in range(epochs + 1)))
+        for stream, total, times in zip(streams, totals, passes(data, totals), strict=True)
+    ]
     return Mixture(tuple(_beginning(stream, at) for stream, at in zip(streams, begins, strict=True)))
+
+
+def passes(data: Data, totals: Sequence[int]) -> list[Fraction]:
+    """How often an epoch passes over the rows of each source: `repeat` times, or as the shares have it.
+
+    Args:
+        totals: what one pass over each source holds, in data.share_unit.
+
+    Raises:
+        UserError: a source has a share, and nothing is in it.
+    """
+    repeats = [_exact(source.repeat) for source in data.train]
+    if not data.has_shares:
+        return repeats
+    for number, (source, total) in enumerate(zip(data.train, totals, strict=True)):
+        if not total:
+            raise UserError(
+                f"data.train.{number} ({source.path}) has share={source.share:g}, but nothing of it is left to train "
+                "on; remove it, or keep what data.duplicates and data.eval_in_train drop."
+            )
+    shares = [_exact(source.share or 0.0) for source in data.train]
+    size = min(times * total / share for times, total, share in zip(repeats, totals, shares, strict=True))
+    return [size * share / total for total, share in zip(totals, shares, strict=True)]
 
 
 def held_out_mixture(sources: Sequence[Source], table: Table) -> Mixture:
@@ -166,28 +188,12 @@ def _kept(data: Data, table: Table, held_out_hashes_N: np.ndarray | None) -> lis
     return [first + np.flatnonzero(~dropped_R[first:end]) for first, end in bounds]
 
 
-def _begins_of_shares(data: Data, table: Table, streams: Sequence[Stream], epochs: int) -> list[list[int]]:
-    """Where each epoch begins in each stream: the largest mixture of the shares that `repeat` allows."""
-    unit = data.share_unit
-    totals = [_total(stream, table, unit) for stream in streams]
-    for number, (source, total) in enumerate(zip(data.train, totals, strict=True)):
-        if not total:
-            raise UserError(
-                f"data.train.{number} ({source.path}) has share={source.share:g}, but nothing of it is left to train "
-                "on; remove it, or keep what data.duplicates and data.eval_in_train drop."
-            )
-    shares = [_exact(source.share or 0.0) for source in data.train]
-    size = min(
-        _exact(source.repeat) * total / share for source, total, share in zip(data.train, totals, shares, strict=True)
-    )
-    return [
-        _positions(stream, table, unit, total, _rounded(size * share * epoch for epoch in range(epochs + 1)))
-        for stream, total, share in zip(streams, totals, shares, strict=True)
-    ]
-
-
 def _positions(stream: Stream, table: Table, unit: str, total: int, amounts: Sequence[int]) -> list[int]:
-    """How many rows of the stream hold each of `amounts` (ascending, in `unit`), to the nearest row."""
+    """How many rows of the stream hold each of `amounts` (ascending, in `unit`), to the nearest row.
+
+    Args:
+        total: what one pass holds.
+    """
     if unit == "rows":
         return list(amounts)
     found = {}

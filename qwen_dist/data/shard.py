@@ -18,7 +18,7 @@ from qwen_dist.batch_math import num_steps_of, total_steps
 from qwen_dist.config import Run
 from qwen_dist.data.balance import even_out, sample_costs, share_out
 from qwen_dist.data.epoch import Epoch, make_epoch
-from qwen_dist.data.mixture import held_out_mixture, make_mixture, row_hashes
+from qwen_dist.data.mixture import Mixture, held_out_mixture, make_mixture, row_hashes
 from qwen_dist.data.table import Table, table_of
 from qwen_dist.errors import UserError
 from qwen_dist.throughput import StepCost, cost_of
@@ -39,6 +39,7 @@ class StepPlan:
 
     Args:
         table: the data's columns.
+        mixture: the rows of each epoch.
         make: an epoch by its number.
         packs_in_windows: of each epoch, the number of packs in each window.
         packs_per_step: packs of one optimizer step, over all ranks and accumulation.
@@ -50,6 +51,7 @@ class StepPlan:
     def __init__(
         self,
         table: Table,
+        mixture: Mixture,
         make: Callable[[int], Epoch],
         packs_in_windows: Sequence[Sequence[int]],
         packs_per_step: int,
@@ -57,10 +59,11 @@ class StepPlan:
         max_steps: int | None,
         cost: StepCost,
     ) -> None:
+        self.mixture, self.table = mixture, table
         self.packs_per_step = packs_per_step
         self.packs_per_epoch = tuple(sum(counts) for counts in packs_in_windows)
         self.num_steps = total_steps(list(self.packs_per_epoch), packs_per_step, max_steps)
-        self._table, self._max_tokens, self._cost = table, max_tokens, cost
+        self._max_tokens, self._cost = max_tokens, cost
         self._first_packs = [np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]) for counts in packs_in_windows]
         self._ends = list(accumulate(num_steps_of(num_packs, packs_per_step) for num_packs in self.packs_per_epoch))
         self.epoch = lru_cache(KEPT_EPOCHS)(make)
@@ -107,24 +110,24 @@ class StepPlan:
 
     def tokens(self, step: int) -> int:
         """Tokens of a step, over all ranks."""
-        return int(self._table.lengths_of(self.samples_of(step)).sum())
+        return int(self.table.lengths_of(self.samples_of(step)).sum())
 
     def supervised_tokens(self, step: int) -> int:
         """Trained tokens of a step, over all ranks."""
-        return int(self._table.supervised_S[self.samples_of(step)].sum())
+        return int(self.table.supervised_S[self.samples_of(step)].sum())
 
     def weight(self, step: int) -> float:
         """Sum of the weights of a step's trained tokens, over all ranks: what its loss is divided by."""
-        return float(self._table.weights_of(self.samples_of(step)).sum())
+        return float(self.table.weights_of(self.samples_of(step)).sum())
 
     def _make_slots(self, step: int) -> tuple[list[np.ndarray], np.ndarray]:
         """The packs of a step and the cost of each."""
         packs = self._packs(step)
         samples_N = np.concatenate([EMPTY, *packs])
-        costs_N = sample_costs(self._table, samples_N, self._cost)
-        lengths_N = self._table.lengths_of(samples_N)
+        costs_N = sample_costs(self.table, samples_N, self._cost)
+        lengths_N = self.table.lengths_of(samples_N)
         slots = even_out(packs, lengths_N, costs_N, self.packs_per_step, self._max_tokens)
-        return slots, np.array([sample_costs(self._table, slot, self._cost).sum() for slot in slots], dtype=np.int64)
+        return slots, np.array([sample_costs(self.table, slot, self._cost).sum() for slot in slots], dtype=np.int64)
 
     def _packs(self, step: int) -> list[np.ndarray]:
         """The next packs of the epoch, window after window."""
@@ -198,7 +201,7 @@ def plan_table(
             "data.train leaves no rows in any epoch; raise data.train.N.repeat, or add rows to the smallest source."
         )
     cost = cost or cost_of(run)
-    return StepPlan(table, make, packs_in_windows, packs_per_step, data.max_tokens, max_steps, cost)
+    return StepPlan(table, mixture, make, packs_in_windows, packs_per_step, data.max_tokens, max_steps, cost)
 
 
 def plan_evaluation(run: Run, held_out: Prepared, cost: StepCost | None = None) -> StepPlan:
@@ -208,4 +211,5 @@ def plan_evaluation(run: Run, held_out: Prepared, cost: StepCost | None = None) 
     epoch = make_epoch(table, mixture, 0, run.data.max_tokens, seed=0)
     counts = count_alone(epoch.num_windows, epoch.count)
     cost = cost or cost_of(run)
-    return StepPlan(table, lambda _: epoch, [counts], run.batch.packs_per_step, run.data.max_tokens, None, cost)
+    packs_per_step, max_tokens = run.batch.packs_per_step, run.data.max_tokens
+    return StepPlan(table, mixture, lambda _: epoch, [counts], packs_per_step, max_tokens, None, cost)

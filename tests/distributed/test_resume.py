@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen_dist.config import Run
+from qwen_dist.data.ledger import check_ledger
+from qwen_dist.data.prepare import open_prepared
+from qwen_dist.data.shard import plan_run
+from qwen_dist.run_dir import RunDir
 from tests.distributed.runs import (
     engine_tensors,
     finish,
@@ -52,6 +57,8 @@ def test_killed_and_started_again_equals_never_stopped(way: str, tmp_path: Path)
     assert "resumed from step_0000000" in output
 
     assert_same_run(tmp_path / "runs" / "steady", killed)
+    assert_ledger(tmp_path / "runs" / "steady", num_attempts=1)
+    assert_ledger(killed, num_attempts=2)
 
 
 def test_term_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -70,6 +77,7 @@ def test_term_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     qwen_dist("train", str(stopped_file))
 
     assert_same_run(tmp_path / "runs" / "steady", stopped)
+    assert_ledger(stopped, num_attempts=2)
     assert_tracked(stopped)
     assert "is finished" in qwen_dist("train", str(stopped_file)), "a finished run is not trained again"
 
@@ -83,6 +91,17 @@ def assert_tracked(run_dir: Path) -> None:
     assert {step: row["loss"] for step, row in tracked.items()} == {
         step: entry["loss"] for step, entry in step_metrics(run_dir).items()
     }
+
+
+def assert_ledger(run_dir: Path, num_attempts: int) -> None:
+    """Every step of the plan saw exactly its samples, and every whole epoch each of its own once."""
+    record = json.loads((run_dir / "run.json").read_text())
+    run = Run.model_validate(record["config"])
+    plan = plan_run(run, open_prepared(run, record["data"]["train"]))
+    report = check_ledger(RunDir(run_dir), plan)
+    assert report.problems == ()
+    assert (report.num_steps, report.world_sizes) == (STEPS, (2,) * num_attempts)
+    assert report.num_epochs == plan.epoch_of(STEPS) + plan.is_whole(plan.epoch_of(STEPS))
 
 
 def assert_same_run(steady: Path, other: Path) -> None:
