@@ -23,8 +23,6 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("system", "tools", "reasoning"),
     "continuation": (),
 }
-# Formats whose needed keys may hold lists of messages.
-OF_MESSAGES = ("messages", "conversations", "prompt_completion")
 # Read only where `columns` names them: a file may have a key of this name that means something else.
 ONLY_BY_COLUMNS = frozenset(("reasoning",))
 # Keys that are of use only together.

@@ -8,15 +8,20 @@ from contextlib import suppress
 from typing import Any
 
 from qwen_dist.config import Source
-from qwen_dist.data.columns import NEEDED, OF_MESSAGES, OPTIONAL, fits, keys_of, names_of, needed_keys
+from qwen_dist.data.columns import NEEDED, OPTIONAL, fits, keys_of, names_of, needed_keys
 from qwen_dist.data.conversations import read_conversation
 from qwen_dist.data.json_values import from_json, listed
-from qwen_dist.data.messages import MESSAGE_KEYS, Conversation, RawText
+from qwen_dist.data.messages import MESSAGE_KEYS, WEIGHT_KEYS, Conversation, RawText
 from qwen_dist.data.rows import BadRow, shown
 from qwen_dist.data.texts import read_continuation, read_segments, read_text
 from qwen_dist.errors import UserError, did_you_mean
 
 MAX_SHOWN_KEYS = 20
+# What is read of the objects in a list, by format.
+ENTRY_KEYS = {
+    **dict.fromkeys(("messages", "conversations", "prompt_completion"), MESSAGE_KEYS),
+    "segments": frozenset(("text", *WEIGHT_KEYS)),
+}
 # Names that files give to a key of ours: told in the error, never guessed.
 LIKE = {
     "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
@@ -61,7 +66,7 @@ def check_columns(path: str, columns: dict[str, str], present: set[str], seen: I
 def unread_keys(
     first_rows: list[dict[str, Any]], row_format: str, columns: dict[str, str], also_read: set[str]
 ) -> list[str]:
-    """Keys with a value that nothing reads, in the rows' order; those of messages as messages[].name.
+    """Keys with a value that nothing reads, in the rows' order; those of messages and segments as messages[].name.
 
     Args:
         row_format: as `detect_format` returned it.
@@ -75,9 +80,9 @@ def unread_keys(
         for key, value in row.items():
             if value is not None and key not in read:
                 found[key] = None
-        if row_format in OF_MESSAGES:
-            for name in (names[key] for key in needed):
-                found.update(dict.fromkeys(f"{name}[].{key}" for key in _unread_in_messages(row.get(name))))
+        for name in (names[key] for key in needed if row_format in ENTRY_KEYS):
+            keys = _unread_in_list(row.get(name), ENTRY_KEYS[row_format])
+            found.update(dict.fromkeys(f"{name}[].{key}" for key in keys))
     return list(found)
 
 
@@ -145,17 +150,19 @@ def _missing(row_format: str, names: dict[str, str], values: dict[str, Any], nee
     return f"no {', and no '.join(every)}"
 
 
-def _unread_in_messages(value: Any) -> list[str]:
-    """Keys of messages that nothing reads; none where the value is malformed, which is told elsewhere."""
+def _unread_in_list(value: Any, known: frozenset[str]) -> list[str]:
+    """Keys of a list's objects that are not known; none where the value is malformed, which is told elsewhere."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(BadRow):
             value = from_json(value, "")
     entries = [raw for raw in value if isinstance(raw, dict)] if isinstance(value, list) else []
-    return [key for raw in entries for key in raw if key not in MESSAGE_KEYS and raw[key] is not None]
+    return [key for raw in entries for key in raw if key not in known and raw[key] is not None]
 
 
 def _no_format(seen: list[str], columns: dict[str, str], first_rows: list[dict[str, Any]]) -> str:
     """Why no format fits, with what to do about it."""
+    if not seen:
+        return "its first rows are objects without a key; write what is to be trained into them."
     hint = _similar(seen) or _nested(columns, first_rows)
     if not hint:
         alternatives = {name: "; ".join(", ".join(keys) for keys in NEEDED[name]) for name in NEEDED}

@@ -42,7 +42,7 @@ CUT = re.compile(
 SENTENCE_END = re.compile(
     rf"[{STOP}．….!?\n](?:"
     rf"(?:(?<![{RUN}][{STOP}．…])(?:(?<=[{STOP}．])|(?<=…)…*[{STOP}．])(?!(?<=\d．)\d)"
-    rf"[{RUN}]*[{CLOSING_QUOTES}]*(?![{RUN}{CLOSING_QUOTES}\"'])"
+    rf"[{RUN}]*[{CLOSING_QUOTES}]*(?![{RUN}{CLOSING_QUOTES}{MARKS}\"'])"
     rf"|(?<=(?P<stop>[.!?]))(?<![.!?].)[.!?]*[\"')\]”’]*(?=\s+[\"'“‘(\[]*(?P<next>\S)))"
     rf"(?:{SPACE}*[\r\n]+)*"
     rf"|(?<=\n)(?:{SPACE}*\r?\n)+)"

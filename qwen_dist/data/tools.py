@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen_dist.data.json_values import check_json, from_json
+from qwen_dist.data.json_values import brief, check_json, from_json
 from qwen_dist.data.rows import BadRow, kind_of
 
 
@@ -39,8 +39,8 @@ def read_tool_calls(value: Any) -> tuple[dict[str, Any], ...]:
         inner = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
             raise BadRow('has a tool call without "name"')
-        if "parameters" in inner and "arguments" not in inner:
-            raise BadRow('has a tool call with "parameters"; the key is "arguments"')
+        if "arguments" not in inner:
+            _check_no_arguments(call, inner)
         arguments = inner.get("arguments", {})
         what = "has tool call arguments that are"
         parsed = from_json(arguments, what) if isinstance(arguments, str) else arguments
@@ -49,3 +49,11 @@ def read_tool_calls(value: Any) -> tuple[dict[str, Any], ...]:
         check_json(parsed, what)
         found.append({"name": inner["name"], "arguments": arguments})
     return tuple(found)
+
+
+def _check_no_arguments(call: dict[str, Any], inner: dict[str, Any]) -> None:
+    """Refuse a call without arguments that has something else, which may be its arguments under another name."""
+    others = {key for value in (call, inner) for key in value if value[key] is not None}
+    other = min(others - {"function", "name", "id", "type", "index"}, default=None)
+    if other is not None:
+        raise BadRow(f'has a tool call with {brief(other)} and without "arguments", which belong beside "name"')
