@@ -19,7 +19,7 @@ PACKAGES = ("qwen-dist", "torch", "transformers", "deepspeed", "peft", "tokenize
 def make_record(
     loaded: Loaded,
     fingerprints: Mapping[str, str | None],
-    counts: Mapping[str, Any],
+    counts: Mapping[str, Any] | None,
     before: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The content of run.json.
@@ -27,7 +27,7 @@ def make_record(
     Args:
         loaded: the run and its sources.
         fingerprints: of the prepared data, "train" and "eval" (None without held-out data).
-        counts: what the data holds.
+        counts: what the data holds; None: the trainer's first attempt will say.
         before: the record of the run that is resumed: its birth and its W&B id stay.
     """
     run, before = loaded.run, before or {}
@@ -37,7 +37,7 @@ def make_record(
         "sources": loaded.sources,
         "versions": versions(),
         "git": git_state(loaded.path.absolute().parent),
-        "data": {**fingerprints, "counts": dict(counts)},
+        "data": {**fingerprints, "counts": dict(counts) if counts else before.get("data", {}).get("counts")},
         "wandb_id": wandb_id,
         "created": before.get("created") or datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

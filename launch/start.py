@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launch.attempt import check_data, decide, look
-from launch.data_counts import exact_counts
+from launch.data_counts import exact_counts, quick_counts
 from launch.hosts import (
     free_port,
     processes_per_node,
@@ -18,7 +18,7 @@ from launch.hosts import (
     visible_gpus,
     world_size_of,
 )
-from launch.planner import Plan, make_plan
+from launch.planner import DataCounts, Plan, make_plan
 from launch.prepare_data import prepare_shown
 from launch.record import make_record
 from launch.run_file import Loaded
@@ -103,16 +103,36 @@ def make_start(loaded: Loaded) -> Start:
         variables = trainer_environment(run, per_node)
 
     _check_model(run)
-    train, held_out = _prepare(run)
-    fingerprints = {"train": train.fingerprint, "eval": held_out.fingerprint if held_out else None}
+    data = _data_of(run)
     before = found.record if kind == "resume" else None
     if before is not None:
-        check_data(before, fingerprints, run_dir.path)
-    plan = make_plan(run, per_node, exact_counts(run, train, held_out))
-    counts = {"train": train.counts, "eval": held_out.counts if held_out else None}
-    files = {run_dir.run_json.name: make_record(loaded, fingerprints, counts, before), **files}
+        check_data(before, data.fingerprints, run_dir.path)
+    plan = make_plan(run, per_node, data.numbers)
+    files = {run_dir.run_json.name: make_record(loaded, data.fingerprints, data.counts, before), **files}
     is_done = kind == "resume" and _is_finished(run_dir, plan)
     return Start(run_dir, "done" if is_done else kind, plan, files, argv, variables)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The run's data: its names, its counts for run.json where it is tokenized, and the numbers for the plan."""
+
+    fingerprints: dict[str, str | None]
+    counts: dict[str, Any] | None
+    numbers: DataCounts
+
+
+def _data_of(run: Run) -> _Data:
+    """Tokenize the data; what lies on each node's own disk in a job is left to its ranks."""
+    if run.cluster.kind == "slurm" and run.data.cache == "node":
+        from qwen_dist.data.prepare import data_fingerprint
+
+        eval_name = data_fingerprint(run, "eval") if run.data.eval else None
+        return _Data({"train": data_fingerprint(run, "train"), "eval": eval_name}, None, quick_counts(run))
+    train, held_out = _prepare(run)
+    fingerprints = {"train": train.fingerprint, "eval": held_out.fingerprint if held_out else None}
+    counts = {"train": train.counts, "eval": held_out.counts if held_out else None}
+    return _Data(fingerprints, counts, exact_counts(run, train, held_out))
 
 
 def _check_model(run: Run) -> None:

@@ -106,7 +106,7 @@ def _rows(part: Part, tokenizer: ChatTokenizer, result: PartResult) -> Iterator[
         result.num_rows += 1
         try:
             row = content if isinstance(content, dict) else parse_row(content)
-            yield from _read(row, row_hash(content), place, index, policy, tokenizer, result)
+            yield from _read(row, row_hash(row), place, index, policy, tokenizer, result)
         except BadRow as error:
             result.refuse(place, str(error), policy.skip_bad_rows)
 

@@ -165,7 +165,7 @@ def _require_adapter(run: Run) -> None:
 def _sample(run: Run, record: dict[str, Any], tokenizer: ChatTokenizer) -> tuple[list[int], str]:
     """The ids to compare logits on: of the first training sample, where the prepared data are still there."""
     try:
-        ids_T, _ = open_prepared(run.output_dir, record["data"]["train"]).sample(0)
+        ids_T, _ = open_prepared(run, record["data"]["train"]).sample(0)
         return ids_T.tolist(), "training sample 0"
     except UserError:
         return tokenizer.encode(tokenizer.render(CONVERSATION)), "a built-in conversation"

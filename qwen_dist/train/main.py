@@ -12,7 +12,6 @@ import torch
 
 from qwen_dist.config import Run
 from qwen_dist.data.ledger import Ledger
-from qwen_dist.data.prepare import open_prepared
 from qwen_dist.data.shard import plan_evaluation, plan_run
 from qwen_dist.data.tokenizer import load_tokenizer
 from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
@@ -20,6 +19,7 @@ from qwen_dist.log import get_logger, log_to_file, start_logging
 from qwen_dist.report.reporter import Reporter
 from qwen_dist.run_dir import RunDir, write_json
 from qwen_dist.train.checkpoint import State, load_checkpoint, newest_checkpoint, read_state
+from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.loop import Job, train
 from qwen_dist.train.signals import StopRequest
@@ -63,13 +63,17 @@ def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:
     record = json.loads(run_dir.run_json.read_text(encoding="utf-8"))
     run = Run.model_validate(record["config"])
     ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
+    environ = dict(os.environ)
+    data = open_or_prepare(run, "train", record["data"]["train"], environ)
+    held_out = open_or_prepare(run, "eval", record["data"]["eval"], environ) if record["data"]["eval"] else None
     world = start_world(run.cluster.device)
+    if world.is_main and record["data"]["counts"] is None:
+        record["data"]["counts"] = {"train": data.counts, "eval": held_out.counts if held_out else None}
+        write_json(run_dir.run_json, record)
     progress["attempt"] = world.share(run_dir.num_attempts() + 1)
     log_to_file(run_dir.attempt_logs(progress["attempt"]) / f"rank_{world.rank}.log")
     torch.manual_seed(run.seed)
 
-    data = open_prepared(run, record["data"]["train"])
-    held_out = open_prepared(run, record["data"]["eval"]) if record["data"]["eval"] else None
     plan = plan_run(run, data, held_out, count_windows=world.count_together)
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
     engine = make_engine(run, ds_config, world, tokenizer.num_ids)

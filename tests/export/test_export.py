@@ -13,6 +13,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwen_dist.config import Run
 from qwen_dist.data.prepare import open_prepared
 from qwen_dist.errors import RunFailed, UserError
 from qwen_dist.export import export as export_module
@@ -35,7 +36,7 @@ def trained_eval_loss(run_dir: RunDir) -> float:
 def exported_eval_loss(run_dir: RunDir, model: torch.nn.Module) -> float:
     """The same loss by plain transformers, one sample after the other."""
     record = json.loads(run_dir.run_json.read_text())
-    held_out = open_prepared(record["config"]["output_dir"], record["data"]["eval"])
+    held_out = open_prepared(Run.model_validate(record["config"]), record["data"]["eval"])
     nll_sum, num_supervised = 0.0, 0
     for index in range(held_out.num_samples):
         ids_T, labels_T = (torch.tensor(array, dtype=torch.long) for array in held_out.sample(index))

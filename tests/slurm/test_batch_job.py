@@ -87,17 +87,40 @@ def test_two_nodes_train(slurm_environment, tmp_path, folder):
 
 
 def test_a_rank_that_fails_ends_the_job(slurm_environment, tmp_path):
-    """The prepared data is gone: a rank ends with exit code 2, which ends the others and the job."""
+    """The rows and what they were tokenized to are gone: a rank ends with exit code 2, which ends the others."""
     run_file = write_run(tmp_path, tmp_path / "runs")
     subprocess.run([CLI, "train", str(run_file), "--dry-run"], check=True, capture_output=True)
     (tmp_path / "runs" / ".prepared").rename(tmp_path / "gone")
     run_dir = tmp_path / "runs" / "batch-job"
+    record = json.loads((run_dir / "run.json").read_text())
+    record["config"]["data"]["train"][0]["path"] = str(tmp_path / "rows.jsonl")
+    (run_dir / "run.json").write_text(json.dumps(record))
     job, shown = submit(run_dir / "job.sbatch", slurm_environment)
     log = (run_dir / f"slurm-{job}.out").read_text()
     assert "JobState=FAILED" in shown
     assert "Exited with exit code 2" in log
-    assert "the tokenized data of this run" in log
+    assert "rows.jsonl: no such file" in log
     assert "Traceback" not in log
+
+
+def test_ranks_of_a_job_tokenize_together(slurm_environment, tmp_path):
+    """With a cache on each node's own disk nothing is tokenized on the machine that submits."""
+    run_file = write_run(tmp_path, tmp_path / "runs")
+    (tmp_path / "disk").mkdir()
+    setup = [*LOCAL_SETUP, f"export TMPDIR={tmp_path / 'disk'}"]
+    words = ["data.cache=node", f"cluster.setup={json.dumps(setup)}"]
+    done = subprocess.run(
+        [CLI, "train", str(run_file), *words, "--dry-run"], check=True, capture_output=True, text=True
+    )
+    assert "samples" in done.stdout and not (tmp_path / "runs" / ".prepared").exists()
+    run_dir = tmp_path / "runs" / "batch-job"
+    assert json.loads((run_dir / "run.json").read_text())["data"]["counts"] is None
+    job, shown = submit(run_dir / "job.sbatch", slurm_environment)
+    log = (run_dir / f"slurm-{job}.out").read_text()
+    assert "JobState=COMPLETED" in shown, log
+    assert "data.train is not tokenized yet: 1 ranks share the work" in log
+    assert list((tmp_path / "disk").glob("qwen-dist-*/prepared/*/meta.json"))
+    assert json.loads((run_dir / "run.json").read_text())["data"]["counts"]["train"]["rows"] == 200
 
 
 def test_values_of_directives_stay_text(slurm_environment, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from qwen_dist.train.world import rank_environment
+from qwen_dist.train.world import local_world_size, rank_environment
 
 
 def test_one_plain_process() -> None:
@@ -20,6 +20,12 @@ def test_deepspeed_and_torchrun() -> None:
 def test_a_task_of_srun() -> None:
     given = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "5", "SLURM_STEP_ID": "0", "MASTER_ADDR": "n1"}
     assert rank_environment(given) == {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}
+
+
+def test_ranks_on_this_machine() -> None:
+    assert local_world_size({}) == 1
+    assert local_world_size({"LOCAL_SIZE": "8"}) == 8
+    assert local_world_size({"SLURM_STEP_TASKS_PER_NODE": "4(x12),16"}) == 16
 
 
 def test_a_batch_script_is_no_task() -> None:
