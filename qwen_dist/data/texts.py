@@ -41,11 +41,10 @@ CUT = re.compile(
 # would take quadratic time. A straight quote after a Chinese stop opens as often as it closes: that place is left out.
 SENTENCE_END = re.compile(
     rf"[{STOP}．….!?\n](?:"
-    rf"(?:(?<![{RUN}][{STOP}．…])(?:(?<=[{STOP}．])|(?<=…)…*[{STOP}．])(?!(?<=\d．)\d)"
+    rf"(?<![{RUN}][{STOP}．…])(?:(?<=[{STOP}．])|(?<=…)…*[{STOP}．])(?!(?<=\d．)\d)"
     rf"[{RUN}]*[{CLOSING_QUOTES}]*(?![{RUN}{CLOSING_QUOTES}{MARKS}\"'])"
-    rf"|(?<=(?P<stop>[.!?]))(?<![.!?].)[.!?]*[\"')\]”’]*(?=\s+[\"'“‘(\[]*(?P<next>\S)))"
-    rf"(?:{SPACE}*[\r\n]+)*"
-    rf"|(?<=\n)(?:{SPACE}*\r?\n)+)"
+    rf"|(?<=(?P<stop>[.!?]))(?<![.!?].)[.!?]*[\"')\]”’]*(?=\s+[\"'“‘(\[]*(?P<next>\S))"
+    rf"|(?<=\n){SPACE}*\r?\n)(?:{SPACE}*[\r\n]+)*"
 )
 WORD_BEFORE = re.compile(r"(?:[^\W\d_][\w.]*|(?:\A|[\r\n])\s*\d+)\Z")
 MAX_ABBREVIATION_CHARS = 12
