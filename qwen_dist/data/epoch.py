@@ -116,7 +116,8 @@ def _stages(table: Table, mixture: Mixture, number: int, seed: int, curriculum: 
 
 
 def _stage(table: Table, rows_N: np.ndarray, order: Permutation) -> Stage:
-    return Stage(len(rows_N), lambda positions_N: rows_N[order(positions_N)], float(table.row_tokens(rows_N).mean()))
+    num_tokens = int(table.row_tokens(rows_N).sum())
+    return Stage(len(rows_N), lambda positions_N: rows_N[order(positions_N)], num_tokens / len(rows_N))
 
 
 def _keys(table: Table, rows_N: np.ndarray, curriculum: Curriculum) -> np.ndarray:

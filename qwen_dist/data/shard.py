@@ -40,7 +40,7 @@ class StepPlan:
     Args:
         table: the data's columns.
         mixture: the rows of each epoch.
-        make: an epoch by its number.
+        epoch: an epoch by its number; it keeps the last ones.
         packs_in_windows: of each epoch, the number of packs in each window.
         packs_per_step: packs of one optimizer step, over all ranks and accumulation.
         max_tokens: tokens that a pack holds.
@@ -52,7 +52,7 @@ class StepPlan:
         self,
         table: Table,
         mixture: Mixture,
-        make: Callable[[int], Epoch],
+        epoch: Callable[[int], Epoch],
         packs_in_windows: Sequence[Sequence[int]],
         packs_per_step: int,
         max_tokens: int,
@@ -66,8 +66,8 @@ class StepPlan:
         self._max_tokens, self._cost = max_tokens, cost
         self._first_packs = [np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]) for counts in packs_in_windows]
         self._ends = list(accumulate(num_steps_of(num_packs, packs_per_step) for num_packs in self.packs_per_epoch))
-        self.epoch = lru_cache(KEPT_EPOCHS)(make)
-        self._window = lru_cache(KEPT_WINDOWS)(lambda epoch, window: self.epoch(epoch).packs(window))
+        self.epoch = epoch
+        self._window = lru_cache(KEPT_WINDOWS)(lambda number, window: epoch(number).packs(window))
         self._slots = lru_cache(KEPT_STEPS)(self._make_slots)
 
     def epoch_of(self, step: int) -> int:
@@ -187,21 +187,22 @@ def plan_table(
     packs_per_step = run.batch.packs_per_step
     mixture = make_mixture(data, table, epochs, run.seed, held_out_hashes_N)
 
-    def make(number: int) -> Epoch:
+    @lru_cache(KEPT_EPOCHS)
+    def epoch(number: int) -> Epoch:
         return make_epoch(table, mixture, number, data.max_tokens, run.seed, data.curriculum)
 
     packs_in_windows: list[Sequence[int]] = []
     num_steps = 0
     while len(packs_in_windows) < epochs and (max_steps is None or num_steps < max_steps):
-        epoch = make(len(packs_in_windows))
-        packs_in_windows.append(count_windows(epoch.num_windows, epoch.count))
+        next_epoch = epoch(len(packs_in_windows))
+        packs_in_windows.append(count_windows(next_epoch.num_windows, next_epoch.count))
         num_steps = total_steps([sum(counts) for counts in packs_in_windows], packs_per_step, max_steps)
     if not num_steps:
         raise UserError(
             "data.train leaves no rows in any epoch; raise data.train.N.repeat, or add rows to the smallest source."
         )
     cost = cost or cost_of(run)
-    return StepPlan(table, mixture, make, packs_in_windows, packs_per_step, data.max_tokens, max_steps, cost)
+    return StepPlan(table, mixture, epoch, packs_in_windows, packs_per_step, data.max_tokens, max_steps, cost)
 
 
 def plan_evaluation(run: Run, held_out: Prepared, cost: StepCost | None = None) -> StepPlan:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from qwen_dist.data.check_ledger import main as check_main
 from qwen_dist.data.ledger import Ledger, Record, check_ledger, check_records, read_ledger
-from qwen_dist.data.shard import StepPlan, plan_table
+from qwen_dist.data.prepare import prepare
+from qwen_dist.data.shard import StepPlan, plan_run, plan_table
 from qwen_dist.run_dir import RunDir
 from tests.data.tables import COST, run_of, table_of_lengths
 
@@ -179,3 +183,28 @@ def test_a_full_disk_costs_the_ledger_not_the_run(
         ledger.close()
     (told,) = caplog.messages
     assert "No space left" in told and "training goes on" in told
+
+
+def test_a_finished_run_is_proved_from_its_directory(
+    qwen3_folder: Path, write_rows: Any, make_run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": f"A {at}"}]}
+        for at in range(90)
+    ]
+    run = make_run(qwen3_folder, write_rows(rows), max_tokens=64)
+    prepared = prepare(run, "train")
+    run_dir = RunDir(Path(run.output_dir) / run.name)
+    run_dir.path.mkdir()
+    record = {"config": run.model_dump(mode="json"), "data": {"train": prepared.fingerprint, "eval": None}}
+    run_dir.run_json.write_text(json.dumps(record))
+    plan = plan_run(run, prepared, cost=COST)
+    consume(run_dir, plan, 1, 4, range(1, plan.num_steps + 1))
+    assert check_main([str(run_dir.path)]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("3 steps and 3 whole epochs on 4 ranks: all 270 samples were trained in their step")
+    run_dir.ledger_file(1, 2).unlink()
+    assert check_main([str(run_dir.path)]) == 1
+    assert "step 1 (attempt 1): rank 2 of 4 recorded nothing." in capsys.readouterr().out
+    assert check_main([str(run_dir.path / "ledger")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
