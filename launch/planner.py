@@ -90,7 +90,8 @@ def make_plan(run: Run, processes_per_node: int, counts: DataCounts) -> Plan:
     batch = plan_batch(run.batch.packs_per_step, nodes * processes_per_node)
     steps = total_steps(list(counts.packs_per_epoch), batch.packs_per_step, run.length.max_steps)
     whole = total_steps(list(counts.packs_per_epoch), batch.packs_per_step, None)
-    share = steps / whole  # of the epochs' tokens; less than 1 where max_steps ends the run earlier
+    # Of one epoch's tokens; max_steps may end the run within an epoch, and those behind it are not counted at all.
+    num_epochs = len(counts.packs_per_epoch) * steps / whole
     return Plan(
         name=run.name,
         model=run.model.path,
@@ -105,6 +106,6 @@ def make_plan(run: Run, processes_per_node: int, counts: DataCounts) -> Plan:
         data=counts,
         steps_per_epoch=num_steps_of(counts.packs_per_epoch[0], batch.packs_per_step),
         total_steps=steps,
-        total_tokens=round(counts.tokens * run.length.epochs * share),
-        total_supervised_tokens=round(counts.supervised_tokens * run.length.epochs * share),
+        total_tokens=round(counts.tokens * num_epochs),
+        total_supervised_tokens=round(counts.supervised_tokens * num_epochs),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,8 @@ def test_arithmetic():
 def test_max_steps_ends_it_earlier():
     plan = make_plan(make_run(length=Length(epochs=3, max_steps=5)), 8, COUNTS)
     assert (plan.total_steps, plan.total_tokens) == (5, 600_000)
+    counted = replace(COUNTS, packs_per_epoch=COUNTS.packs_per_epoch[:1])  # what lies behind max_steps is not packed
+    assert make_plan(make_run(length=Length(epochs=3, max_steps=5)), 8, counted).total_tokens == 600_000
 
 
 def test_less_data_than_a_step():
