@@ -15,6 +15,7 @@ from qwen_dist.config import Run, Source
 from qwen_dist.data.files import DataFile, digest, find_files, first_rows, stamp
 from qwen_dist.data.formats import detect_format, unread_keys
 from qwen_dist.data.policy import Policy, policy_of
+from qwen_dist.data.system import keys_read_by
 from qwen_dist.data.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_dist.errors import UserError
 
@@ -109,7 +110,9 @@ def read_inputs(run: Run, split: Split) -> Inputs:
         source, rows = sources[file.source], first_rows(file)
         row_format = detect_format(file.path, source.format, source.columns, rows)
         policies.append(policy_of(run, source, row_format, tokenizer))
-        also_read = {run.data.curriculum.column} if run.data.curriculum and run.data.curriculum.column else set()
+        also_read = keys_read_by(policies[-1].system)
+        if run.data.curriculum and run.data.curriculum.column:
+            also_read.add(run.data.curriculum.column)
         unread.append(unread_keys(rows, row_format, source.columns, also_read))
     digests = run_dir.cache_dir(run) / "digests"
     return Inputs(split, tokenizer, sources, files, tuple(policies), tuple(unread), stamps, digests)

@@ -63,6 +63,12 @@ def check_template(template: str) -> None:
             )
 
 
+def keys_read_by(system: SystemMessage) -> set[str]:
+    """The rows' keys that the policy's templates fill in."""
+    templates = [text.template for text in (system, *system.choices) if text.template is not None]
+    return {name for template in templates for _, name in _pieces(template) if name is not None}
+
+
 def _with_system(conversation: Conversation, text: str | None) -> Conversation:
     rest = tuple(message for message in conversation.messages if message.role != "system")
     return replace(conversation, messages=(() if text is None else (Message("system", text),)) + rest)

@@ -16,14 +16,10 @@ pytestmark = pytest.mark.distributed
 
 def test_ranks_tokenize_together_what_is_missing(tmp_path: Path) -> None:
     """Without the cache of the launcher the run is the same; rank 0 does not do the work alone."""
-    run_file = write_run_file(
-        tmp_path, "run", length={"max_steps": 3}, data={"eval": [{"path": str(DEMO / "eval.jsonl")}]}
-    )
-    qwen_dist("train", str(run_file))
+    sections = {"length": {"max_steps": 3}, "data": {"eval": [{"path": str(DEMO / "eval.jsonl")}]}}
+    qwen_dist("train", str(write_run_file(tmp_path, "run", **sections)))
     expected = {step: entry["loss"] for step, entry in step_metrics(tmp_path / "runs" / "run").items()}
-    again = write_run_file(
-        tmp_path, "again", length={"max_steps": 3}, data={"eval": [{"path": str(DEMO / "eval.jsonl")}]}
-    )
+    again = write_run_file(tmp_path, "again", **sections)
     qwen_dist("train", str(again), "--dry-run")
     shutil.rmtree(tmp_path / "runs" / ".prepared")
     run_dir = tmp_path / "runs" / "again"
@@ -33,9 +29,9 @@ def test_ranks_tokenize_together_what_is_missing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "data.train is not tokenized yet: 2 ranks share the work" in done.stderr
     assert {step: entry["loss"] for step, entry in step_metrics(run_dir).items()} == expected
-    assert sorted(
-        path.name for path in (tmp_path / "runs" / ".prepared").iterdir() if path.name != "digests"
-    ) == sorted(json.loads((run_dir / "run.json").read_text())["data"][split] for split in ("train", "eval"))
+    data = json.loads((run_dir / "run.json").read_text())["data"]
+    cached = {path.name for path in (tmp_path / "runs" / ".prepared").iterdir()}
+    assert cached == {"digests", data["train"], data["eval"]}
 
 
 def test_rows_that_changed_meanwhile_are_refused(tmp_path: Path) -> None:
