@@ -124,6 +124,18 @@ def test_a_lost_a_repeated_and_a_foreign_sample(plan: StepPlan) -> None:
     assert re.search(r": samples \d+(, \d+){4} and \d+ more not seen\.$", many[0])
 
 
+def test_the_last_attempt_counts(plan: StepPlan) -> None:
+    """Step 6 with a sample too few in one attempt and whole in another."""
+    before = [record for record in records_of(plan) if record.step < 6]
+    samples_N = plan.samples_of(6)
+    whole, short = (
+        {attempt: Record(attempt, 0, 1, 6, samples_N[missing:]) for attempt in (1, 2)} for missing in (0, 1)
+    )
+    assert check_records([*before, short[1], whole[2]], plan).problems == ()
+    (problem,) = check_records([*before, whole[1], short[2]], plan).problems
+    assert problem == f"step 6 (attempt 2): sample {samples_N[0]} not seen."
+
+
 def test_a_missing_rank_and_a_missing_step(plan: StepPlan) -> None:
     records = records_of(plan)
     without_rank = [record for record in records if (record.rank, record.step) != (1, 4)]

@@ -78,12 +78,16 @@ def test_shares_are_as_asked_to_within_one_row(
     bounds = [table.source_rows(number) for number in range(len(counts))]
     totals = [float(amounts(np.arange(first, end)).sum()) for first, end in bounds]
     size = min(repeat * total / source["share"] for total, source in zip(totals, sources, strict=True))
+    so_far = [0.0] * len(counts)
     for epoch in range(3):
         rows = np.array(rows_of(mixture, epoch), dtype=np.int64)
-        for (first, end), source in zip(bounds, sources, strict=True):
+        for at, ((first, end), source) in enumerate(zip(bounds, sources, strict=True)):
             mine = rows[(rows >= first) & (rows < end)]
             largest = float(amounts(np.arange(first, end)).max())
-            assert abs(float(amounts(mine).sum()) - source["share"] * size) <= largest
+            asked = source["share"] * size
+            so_far[at] += float(amounts(mine).sum())
+            assert abs(float(amounts(mine).sum()) - asked) <= largest
+            assert abs(so_far[at] - asked * (epoch + 1)) <= largest / 2 + 0.51, "to the nearest row, and no drift"
             assert max(Counter(mine.tolist()).values(), default=0) <= -(-repeat // 1) + 1
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qwen_dist.data.balance import even_out, share_out
 from qwen_dist.data.prepare import prepare
 from qwen_dist.data.shard import StepPlan, plan_evaluation, plan_run, plan_table
+from qwen_dist.data.shuffle import words
 from qwen_dist.data.table import Table
 from qwen_dist.errors import UserError
 from qwen_dist.throughput import QWEN3_14B, step_cost
@@ -21,12 +22,12 @@ from tests.data.tables import COST, run_of, table_of_lengths
 
 @settings(deadline=None)
 @given(
-    costs=st.lists(st.integers(0, 10**12), min_size=1, max_size=8), world_size=st.integers(1, 8), seed=st.integers(0, 9)
+    num_micro_steps=st.integers(1, 8), world_size=st.integers(1, 8), largest=st.integers(1, 50), key=st.integers(0, 99)
 )
-def test_each_pack_goes_to_one_rank(costs: list[int], world_size: int, seed: int) -> None:
-    costs_P = np.random.Generator(np.random.PCG64(seed)).permutation(np.array(costs * world_size))
+def test_each_pack_goes_to_one_rank(num_micro_steps: int, world_size: int, largest: int, key: int) -> None:
+    costs_P = (words(num_micro_steps * world_size, key) % np.uint64(largest)).astype(np.int64)
     packs_WM = share_out(costs_P, world_size)
-    assert packs_WM.shape == (world_size, len(costs))
+    assert packs_WM.shape == (world_size, num_micro_steps)
     assert sorted(packs_WM.ravel().tolist()) == list(range(len(costs_P)))
     costs_WM = costs_P[packs_WM]
     assert (costs_WM[:, :-1].min(axis=0) >= costs_WM[:, 1:].max(axis=0)).all(), "a micro-step has similar costs"
@@ -41,16 +42,26 @@ def test_each_pack_goes_to_one_rank(costs: list[int], world_size: int, seed: int
 )
 def test_evening_out_keeps_samples_and_room(lengths: list[list[int]], more: int) -> None:
     flat = np.array([length for pack in lengths for length in pack])
-    costs_N = flat * 10 + flat**2
+    costs_N = (words(len(flat), 1) % np.uint64(1000)).astype(np.int64)  # so that cheaper packs may have no room
+    room = max(sum(pack) for pack in lengths)
     numbers = np.arange(100, 100 + len(flat))
     ends = np.cumsum([len(pack) for pack in lengths])
     packs = np.split(numbers, ends[:-1])
-    slots = even_out(packs, flat, costs_N, len(packs) + more, max_tokens=128)
+    slots = even_out(packs, flat, costs_N, len(packs) + more, max_tokens=room)
     assert len(slots) == len(packs) + more
     assert sorted(np.concatenate(slots).tolist()) == numbers.tolist()
-    assert max(int(flat[slot - 100].sum()) for slot in slots) <= 128
+    assert max(int(flat[slot - 100].sum()) for slot in slots) <= room
     before = max(int(costs_N[pack - 100].sum()) for pack in packs)
     assert max(int(costs_N[slot - 100].sum()) for slot in slots) <= before
+
+
+def test_packs_that_do_not_spread_stay_as_they_are() -> None:
+    """The costliest first, into the emptiest slot: 8 full packs would overflow one of 9 slots."""
+    lengths_N = np.array([30, 30] * 4 + [20, 20, 20] * 4)
+    packs = [np.arange(at, at + 2) for at in range(0, 8, 2)] + [np.arange(at, at + 3) for at in range(8, 20, 3)]
+    slots = even_out(packs, lengths_N, lengths_N, num_packs=9, max_tokens=60)
+    assert sorted(np.concatenate(slots).tolist()) == list(range(20))
+    assert max(int(lengths_N[slot].sum()) for slot in slots) <= 60
 
 
 def test_the_last_step_of_an_epoch_keeps_every_rank_busy() -> None:
