@@ -56,10 +56,10 @@ def test_evening_out_keeps_samples_and_room(lengths: list[list[int]], more: int)
 
 
 def test_packs_that_do_not_spread_stay_as_they_are() -> None:
-    """The costliest first, into the emptiest slot: 8 full packs would overflow one of 9 slots."""
+    """Dealt out by cost alone, the samples of 8 full packs would overflow one of 9 slots."""
     lengths_N = np.array([30, 30] * 4 + [20, 20, 20] * 4)
     packs = [np.arange(at, at + 2) for at in range(0, 8, 2)] + [np.arange(at, at + 3) for at in range(8, 20, 3)]
-    slots = even_out(packs, lengths_N, lengths_N, num_packs=9, max_tokens=60)
+    slots = even_out(packs, lengths_N, np.ones(20, np.int64), num_packs=9, max_tokens=60)
     assert sorted(np.concatenate(slots).tolist()) == list(range(20))
     assert max(int(lengths_N[slot].sum()) for slot in slots) <= 60
 
