@@ -21,10 +21,11 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.runtime import Context, LoopContext, Macro, missing, new_context
+from jinja2.runtime import Context, LoopContext, Macro, new_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.utils import Namespace, missing
 
+from qwen_dist.data.chunks import mark_chunks
 from qwen_dist.data.rows import BadRow
 from qwen_dist.errors import UserError
 
@@ -106,8 +107,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
 
-def compile_template(source: str, where: str) -> Render:
-    """A function render(messages=, tools=, add_generation_prompt=, ...) -> str that raises BadRow where it cannot.
+def compile_template(source: str, where: str) -> tuple[Render, Render | None]:
+    """Functions render(messages=, tools=, add_generation_prompt=, ...) -> str that raise BadRow where they cannot.
+
+    Returns:
+        one that renders as it is, and one that writes CHUNK_MARK before each message and after the last; None where
+        a message's text may depend on messages that are no neighbours of it (see chunks.py).
 
     Raises:
         UserError: the template is no valid Jinja.
@@ -118,9 +123,15 @@ def compile_template(source: str, where: str) -> Render:
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     environment.globals["namespace"] = _Namespace
     try:
-        template = environment.from_string(source)
+        plain = environment.from_string(source)
+        marked = mark_chunks(environment.parse(source))
     except jinja2.TemplateError as error:
         raise UserError(f"{where}: the chat template is not valid Jinja ({error}).") from error
+    return _renderer(plain), None if marked is None else _renderer(environment.from_string(marked))
+
+
+def _renderer(template: jinja2.Template) -> Render:
+    environment = template.environment
     names = dict(template.globals)  # once: to merge jinja's chain of mappings takes 3 us
 
     def render(**values: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from qwen_dist.data.chunks import Beginnings
 from qwen_dist.data.render import compile_template
 from qwen_dist.data.words import WordEncoder
 from qwen_dist.errors import EnvironmentNotReady, UserError
@@ -49,7 +50,7 @@ class ChatTokenizer:
         self._plain = Tokenizer.from_str(json.dumps({**spec, "added_tokens": [], "truncation": None, "padding": None}))
         self._encoder = WordEncoder(self._plain, spec)
         self._added_pattern = re.compile(f"({_alternatives(self.added)})")
-        self._template = compile_template(source, str(folder))
+        self._template, self._marked_template = compile_template(source, str(folder))
         self._names = {key: _content(config[key]) for key in ("bos_token", "eos_token", "pad_token") if config.get(key)}
         self.fingerprint = hashlib.sha256(json.dumps([raw, source, self._names]).encode()).hexdigest()
         self.stop_id = self.token_id(STOP_TOKEN)
@@ -73,6 +74,10 @@ class ChatTokenizer:
             **self._names, messages=messages, tools=tools, documents=None,
             add_generation_prompt=add_generation_prompt, **thinking,
         )  # fmt: skip
+
+    def beginnings(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> Beginnings:
+        """The texts of messages[:n]: as from `render`, in time linear in n where the template allows it."""
+        return Beginnings(self._template, self._marked_template, messages, **self._names, tools=tools, documents=None)
 
     def encode(self, text: str) -> list[int]:
         """Token ids; added tokens in the text count as such, as in `AutoTokenizer(...)(text)`."""

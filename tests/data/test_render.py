@@ -126,7 +126,7 @@ def test_a_template_writes_what_it_writes_in_transformers(source: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages = [{"role": "user", "content": "Hi", "items": 3}, {"role": "assistant", "content": ""}]
-    render = compile_template(source, "here")
+    render, _ = compile_template(source, "here")
     if source in REFUSED:
         with pytest.raises((jinja2.TemplateError, TypeError)):
             render_jinja_template([messages], chat_template=source)
