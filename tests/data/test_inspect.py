@@ -38,10 +38,10 @@ def test_counts_and_one_sample(inspect: Any) -> None:
     done = inspect()
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert ["rows.jsonl", "3", "2", "1", "36", "11", "31%"] in lines
-    assert "dropped, no assistant turn: 1 at rows.jsonl:2" in done.stdout
-    assert "modes: 1 no_think, 1 think" in done.stdout
-    assert "⟦Hello!<|im_end|>⟧" in done.stdout
+    assert ["rows.jsonl", "3", "2", "1", "2", "36", "11", "30.6%"] in lines
+    assert "dropped     1 no assistant turn  at rows.jsonl:2" in done.stdout
+    assert "50.0% of the samples are served with thinking" in done.stdout
+    assert "⟦Hello·!·<|im_end|>⟧" in done.stdout
     assert done.stdout.rstrip().endswith("Next: qwen-dist plan run.yaml")
 
 
@@ -51,6 +51,7 @@ def test_every_sample_as_data(inspect: Any, tmp_path: Path) -> None:
     prompt = [151644, 872, 198, 13048, 151645, 198, 151644, 77091, 198, 151667, 271, 151668, 271]
     assert lines[0] == {
         "source": str(tmp_path / "rows.jsonl"),
+        "line": 1,
         "row": 0,
         "message": 1,
         "mode": "no_think",
@@ -66,7 +67,17 @@ def test_every_sample_as_data(inspect: Any, tmp_path: Path) -> None:
 def test_counts_as_json(inspect: Any) -> None:
     counts = json.loads(inspect("--json").stdout)
     assert counts["train"]["dropped"] == {"no assistant turn": 1}
-    assert counts["packing"] == {"max_tokens": 4096, "packs": 1, "fill": 0.0088, "steps_per_epoch": 1}
+    packing = {"max_tokens": 4096, "packs": 1, "fill": 0.0088, "steps_per_epoch": 1, "steps": 3}
+    assert packing.items() <= counts["packing"].items()
+
+
+def test_weights_are_written_where_there_are_some(inspect: Any, write_rows: Any, tmp_path: Path) -> None:
+    assert inspect("--tokens", "out.jsonl").returncode == 0
+    assert '"weights"' not in (tmp_path / "out.jsonl").read_text(encoding="utf-8")
+    write_rows([{"messages": [ROWS[0]["messages"][0], {**ROWS[0]["messages"][1], "weight": 0.25}]}])
+    assert inspect("--tokens", "out.jsonl").returncode == 0
+    [line] = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert line["weights"] == [*[0.0] * 13, *[0.25] * 3]
 
 
 def test_user_errors_are_sentences_and_leave_nothing(inspect: Any, tmp_path: Path) -> None:
@@ -91,7 +102,8 @@ def test_inspect_needs_no_torch(inspect: Any, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
         "from launch.cli import group\n"
-        "group.main(['inspect', 'run.yaml', '--json'], standalone_mode=False)\n"
+        "for job in (['--json'], ['--html', 'out.html'], ['--check'], ['--diff', 'run.yaml'], []):\n"
+        "    group.main(['inspect', 'run.yaml', *job], standalone_mode=False)\n"
         "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)

@@ -1,0 +1,4 @@
+"""What `inspect` tells: counts, samples as tokens, and what serving feeds.
+
+The runtime's data part is imported inside the functions; none of it imports torch.
+"""

@@ -1,0 +1,176 @@
+"""The numbers as short texts: one home for what the terminal and the page say."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from launch.inspect.tokens import visible
+from launch.show import short_path
+from qwen_dist.config import Run
+
+BARS = "▁▂▃▄▅▆▇█"
+NAME_CHARS = 32
+NUM_PLACES_SHOWN = 3
+NUM_SYSTEMS_SHOWN = 3
+SYSTEM_CHARS = 56
+MIXTURE_COLUMNS = ("source", "asked", "rows", "tokens", "trained", "passes")
+Fact = tuple[str, str, str]  # label, what, and what more
+
+
+def source_name(path: str) -> str:
+    """A source as it is called everywhere: its file or folder, or the dataset's name."""
+    name = short_path(path)
+    return visible(name if len(name) <= NAME_CHARS else os.path.basename(name.rstrip("/")) or name)
+
+
+def name_of(source: dict[str, Any], split: str) -> str:
+    """A source with its split, where that is not train."""
+    name = source_name(source["path"])
+    return f"eval: {name}" if split == "eval" else name
+
+
+def kind_of(source: dict[str, Any]) -> str:
+    """A source's format, and its files where there are several."""
+    files = f", {source['files']:,} files" if source["files"] != 1 else ""
+    return f"{source['format'].replace('_', ' ')}{files}"
+
+
+def overview_cells(counts: dict[str, Any], is_wide: bool) -> list[str]:
+    """Rows, kept, dropped if wide, samples, tokens, trained tokens and their share."""
+    tokens, trained = counts["tokens"], counts["supervised_tokens"]
+    dropped = (sum(counts["rows_dropped"].values()),) if is_wide else ()
+    numbers = (counts["rows"], counts["rows_trained"], *dropped, counts["samples"])
+    share = percent(trained / tokens) if tokens else "–"
+    return [*(f"{number:,}" if number else "–" for number in (*numbers, tokens, trained)), share]
+
+
+def mixture_cells(one: dict[str, Any]) -> list[str]:
+    """A source's share of the first epoch: asked for, achieved in three units, and passes over its rows."""
+    asked = "–"
+    if one["asked_share"] is not None:
+        asked = f"{one['asked_share']:.1%} of {one['asked_unit'].replace('_', ' ')}"
+    shares = [percent(one[f"share_of_{unit}"]) for unit in ("rows", "tokens", "trained_tokens")]
+    return [source_name(one["path"]), asked, *shares, f"{one['repeats']:.2f}"]
+
+
+def source_facts(source: dict[str, Any], has_weights: bool) -> Iterator[Fact]:
+    """All there is to know about a source that is not zero."""
+    yield from _shape(source)
+    yield from _thinking(source)
+    if has_weights and source["supervised_tokens"]:
+        mean = source["trained_weight"] / source["supervised_tokens"]
+        yield "weights", f"{mean:.3g} a trained token on average", ""
+    yield from _systems(source)
+    yield from _left_out(source)
+    if source["unread_keys"]:
+        yield "not read", visible(", ".join(source["unread_keys"])), "keys of the rows"
+
+
+def _shape(source: dict[str, Any]) -> Iterator[Fact]:
+    """How long its samples and rows are, and how the ones became of the others."""
+    lengths, turns = source["lengths"], source["turns"]
+    if lengths and lengths["min"] == lengths["max"]:
+        yield "lengths", f"{lengths['min']:,} tokens each", ""
+    elif lengths:
+        ends = f"{lengths['min']:,} ▕{spark(lengths['histogram'])}▏ {lengths['max']:,} tokens"
+        yield "lengths", ends, f"median {lengths['median']:,}, 95% up to {lengths['p95']:,}"
+    if turns and turns["min"] == turns["max"] > 1:
+        yield "turns", f"{turns['min']:,} a row", ""
+    elif turns and turns["max"] > 1:
+        yield "turns", f"{turns['min']:,} to {turns['max']:,} a row", f"{turns['mean']:.1f} on average"
+    if source["samples"] > source["rows_trained"] and not source["rows_split"]:
+        more = "each turn as it is served: the template writes earlier turns otherwise"
+        yield "expanded", f"{source['rows_trained']:,} rows make {source['samples']:,} samples", more
+    for key, label in (("rows_trimmed", "trimmed"), ("rows_split", "split")):
+        if source[key]:
+            yield label, _rows(source[key]), "longer than data.max_tokens"
+
+
+def _left_out(source: dict[str, Any]) -> Iterator[Fact]:
+    """What is dropped, and what may be amiss."""
+    for reason, number in Counter(source["dropped"]).most_common():
+        yield "dropped", f"{number:,} {reason}", places_shown(source["dropped_at"].get(reason, []), number)
+    for place in source["malformed"][:NUM_PLACES_SHOWN]:
+        yield "malformed", visible(place), ""
+    if number := source["special_tokens"]:
+        what = f"control tokens named {_number(number, 'time')} in content"
+        yield "special", what, f"in {_rows(source['rows_with_special_tokens'])}"
+    if number := source["duplicate_rows"]:
+        yield "duplicates", f"{_rows(number)} that repeat earlier ones", places_shown(source["duplicate_at"], number)
+    if number := source["held_out_rows"]:
+        yield "held out", f"{_rows(number)} of data.eval", places_shown(source["held_out_at"], number)
+
+
+def _thinking(source: dict[str, Any]) -> Iterator[Fact]:
+    modes, reasoning = source["modes"], source["turns_with_reasoning"]
+    if set(modes) <= {"plain"} and not reasoning:
+        return
+    share = modes.get("think", 0) / max(1, source["samples"])
+    served = (
+        f"{percent(share)} of the samples are served with thinking" if share else "no sample is served with thinking"
+    )
+    yield "thinking", served, f"{_number(reasoning, 'turn')} with reasoning" if reasoning else ""
+
+
+def _systems(source: dict[str, Any]) -> Iterator[Fact]:
+    seen = source["systems"][:NUM_SYSTEMS_SHOWN]
+    if not seen:
+        return  # no chat template, or never a system message
+    for text, number in seen:
+        one_line = visible(" ".join(text.split()))
+        short = one_line if len(one_line) <= SYSTEM_CHARS else one_line[: SYSTEM_CHARS - 1] + "…"
+        yield "system", short or "(empty)", _rows(number)
+    if others := source["num_systems"] - len(seen):
+        kept = source["rows"] - source["rows_dropped"].get("malformed", 0)
+        number = kept - source["rows_without_system"] - sum(number for _, number in seen)
+        yield "system", f"{others:,} others", _rows(number)
+    if source["rows_without_system"]:
+        yield "system", "none", _rows(source["rows_without_system"])
+
+
+def packing_facts(packing: dict[str, Any], run: Run) -> Iterator[Fact]:
+    """(label, what, more) of packs, steps and balance."""
+    yield "packs", f"{packing['packs']:,} of {packing['max_tokens']:,} tokens", f"{percent(packing['fill'])} full"
+    epochs = f"{packing['epochs']:,} epoch" + ("" if packing["epochs"] == 1 else "s")
+    an_epoch = f"{packing['steps_per_epoch']:,} an epoch of {packing['packs_per_step']:,} packs each"
+    yield "steps", an_epoch, f"{packing['steps']:,} in {epochs}"
+    if balance := packing["balance"]:
+        what = f"slowest of {balance['world_size']:,} ranks {balance['slowest_over_mean']:.3f} × the mean"
+        yield "balance", what, f"ZeRO-{run.zero_stage}"
+    if packing["samples_not_used"]:
+        yield "not used", f"{packing['samples_not_used']:,} samples", "left to later epochs, or out by the settings"
+
+
+def places_shown(places: list[str], number: int) -> str:
+    """The first of `number` places; of the same file only its lines: `at chat.jsonl:3, 7, 12, …`."""
+    shown: list[str] = []
+    before = ""
+    for place in places[:NUM_PLACES_SHOWN]:
+        file, mark, at = visible(os.path.basename(place)).rpartition(":")
+        shown.append(at if mark and file == before else visible(os.path.basename(place)))
+        before = file
+    return f"at {', '.join(shown)}{', …' if number > len(shown) else ''}" if shown else ""
+
+
+def spark(histogram: list[list[int]]) -> str:
+    """A bar a bin; a blank one where there is nothing."""
+    highest = max(number for _, _, number in histogram)
+    return "".join(BARS[(number * len(BARS) - 1) // highest] if number else " " for _, _, number in histogram)
+
+
+def percent(share: float) -> str:
+    """A share with as many digits as it needs: never 0 % for something, nor 100 % for less than all."""
+    if share in (0, 1):
+        return f"{share:.0%}"
+    return "<0.1%" if share < 0.001 else f"{min(share, 0.999):.1%}"
+
+
+def _rows(number: int) -> str:
+    return _number(number, "row")
+
+
+def _number(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")

@@ -1,0 +1,230 @@
+"""The numbers of a run's data, as a machine reads them; `table` shows them to a human.
+
+Shapes: S samples, R rows with samples.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from launch.inspect.dataset import Dataset, Place, SplitData
+from qwen_dist.config import Run
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from qwen_dist.data.shard import StepPlan
+
+NUM_BINS = 24  # of a length histogram
+NUM_PLACES = 20  # named for duplicates and held-out rows; the rest is counted
+DEFAULT_WORLD_SIZE = 8  # ranks that the balance is told for, where the run does not say how many
+BALANCE_STEPS = 24  # steps over which it is measured, spread over the first epoch
+
+
+def numbers_of(dataset: Dataset) -> dict[str, Any]:
+    """Everything that `inspect` counts.
+
+    Returns:
+        train and eval: the counts of `qwen_dist.data.counts`, and in each of their sources lengths, turns, unread
+        keys, duplicates and held-out rows besides; packing; mixture.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+    from qwen_dist.data.shard import plan_run
+
+    held_out = dataset.held_out
+    plan = plan_run(dataset.run, dataset.train.prepared, held_out.prepared if held_out else None)
+    return {
+        "train": _of_split(dataset.train, held_out),
+        "eval": _of_split(held_out, None) if held_out else None,
+        "packing": _packing(dataset, plan),
+        "mixture": _mixture(dataset, plan),
+    }
+
+
+def world_size_of_run(run: Run) -> int:
+    """Ranks of the run where it says so, else 8; fewer where a step's packs do not divide over them."""
+    per_node = run.cluster.gpus_per_node
+    wanted = run.cluster.nodes * per_node if isinstance(per_node, int) else DEFAULT_WORLD_SIZE
+    return max(size for size in range(1, wanted + 1) if run.batch.packs_per_step % size == 0)
+
+
+def repeated_rows(split: SplitData) -> np.ndarray:
+    """Of each row with samples, whether it repeats an earlier one of its split exactly: bool [R]."""
+    from qwen_dist.data.mixture import repeats_earlier
+
+    return repeats_earlier(hashes_R(split))
+
+
+def rows_held_out(train: SplitData, held_out: SplitData) -> np.ndarray:
+    """Of each training row, whether it is a held-out row, too: bool [R]."""
+    from qwen_dist.data.mixture import is_among
+
+    return is_among(hashes_R(train), hashes_R(held_out))
+
+
+def hashes_R(split: SplitData) -> np.ndarray:
+    """Content of each row with samples, uint64 [R]."""
+    import numpy as np
+
+    return np.asarray(split.arrays["hash"][split.arrays["rows"][:-1]])
+
+
+def first_places(
+    split: SplitData, chosen_R: np.ndarray, source: int | None = None, limit: int = NUM_PLACES
+) -> list[str]:
+    """The places of the first few chosen rows, of one source or of all."""
+    import numpy as np
+
+    samples = split.arrays["rows"][:-1][np.flatnonzero(chosen_R)]
+    if source is not None:
+        samples = samples[split.arrays["source"][samples] == source]
+    places = (Place(int(split.arrays["file"][at]), int(split.arrays["place"][at])) for at in samples[:limit])
+    return [split.shown_place(place) for place in places]
+
+
+def _of_split(split: SplitData, held_out: SplitData | None) -> dict[str, Any]:
+    import numpy as np
+
+    source_S = np.asarray(split.arrays["source"])
+    source_R = source_S[split.arrays["rows"][:-1]]
+    repeated_R = repeated_rows(split)
+    held_out_R = rows_held_out(split, held_out) if held_out else np.zeros_like(repeated_R)
+    counts = split.prepared.counts
+    sources = []
+    for number, counted in enumerate(counts["sources"]):
+        of_source_S, of_source_R = source_S == number, source_R == number
+        sources.append(
+            {
+                **counted,
+                "unread_keys": _unread_keys(split, number),
+                "trained_weight": float(split.prepared.weight_S[of_source_S].sum()),
+                "lengths": length_numbers(split.prepared.lengths_S[of_source_S]),
+                "turns": _turns(np.asarray(split.arrays["turns"])[split.arrays["rows"][:-1]][of_source_R]),
+                **_marked("duplicate", split, number, repeated_R & of_source_R),
+                **_marked("held_out", split, number, held_out_R & of_source_R),
+            }
+        )
+    of_all = {
+        "trained_weight": float(split.prepared.weight_S.sum()),
+        "lengths": length_numbers(split.prepared.lengths_S),
+        "duplicate_rows": int(repeated_R.sum()),
+        "held_out_rows": int(held_out_R.sum()),
+    }
+    return {**counts, **of_all, "sources": sources}
+
+
+def _marked(name: str, split: SplitData, source: int, chosen_R: np.ndarray) -> dict[str, Any]:
+    return {f"{name}_rows": int(chosen_R.sum()), f"{name}_at": first_places(split, chosen_R, source)}
+
+
+def _unread_keys(split: SplitData, source: int) -> list[str]:
+    return sorted({key for file in split.prepared.files if file["source"] == source for key in file["unread_keys"]})
+
+
+def length_numbers(lengths_S: np.ndarray) -> dict[str, Any] | None:
+    """Shortest, median, 95 %, longest sample in tokens, and bins of equal width on a log scale; None: no samples.
+
+    Returns:
+        histogram: [first length, last length, samples] of each bin.
+    """
+    import numpy as np
+
+    if not len(lengths_S):
+        return None
+    low, high = int(lengths_S.min()), int(lengths_S.max())
+    edges = np.unique(np.geomspace(low, high + 1, min(NUM_BINS, high - low + 1) + 1).round().astype(np.int64))
+    counts, _ = np.histogram(lengths_S, bins=edges)
+    return {
+        "min": low,
+        "median": int(np.median(lengths_S)),
+        "p95": int(np.percentile(lengths_S, 95, method="lower")),
+        "max": high,
+        "histogram": [
+            [int(first), int(end) - 1, int(number)]
+            for first, end, number in zip(edges[:-1], edges[1:], counts, strict=True)
+        ],
+    }
+
+
+def _turns(turns_R: np.ndarray) -> dict[str, Any] | None:
+    if not len(turns_R):
+        return None
+    return {"min": int(turns_R.min()), "mean": round(float(turns_R.mean()), 2), "max": int(turns_R.max())}
+
+
+def _packing(dataset: Dataset, plan: StepPlan) -> dict[str, Any]:
+    import numpy as np
+
+    run, epoch = dataset.run, 0
+    num_packs = plan.packs_per_epoch[epoch]
+    samples = plan.samples_of_epoch(epoch)
+    num_tokens = int(dataset.train.prepared.lengths_S[samples].sum())
+    return {
+        "max_tokens": run.data.max_tokens,
+        "packs": num_packs,
+        "fill": round(num_tokens / (num_packs * run.data.max_tokens), 4),
+        "packs_per_step": run.batch.packs_per_step,
+        "steps_per_epoch": -(-num_packs // run.batch.packs_per_step),
+        "epochs": len(plan.packs_per_epoch),
+        "steps": plan.num_steps,
+        "samples_per_epoch": len(samples),
+        "samples_not_used": len(np.setdiff1d(np.arange(dataset.train.prepared.num_samples), samples)),
+        "balance": _balance(run, plan),
+    }
+
+
+def _balance(run: Run, plan: StepPlan) -> dict[str, Any] | None:
+    """How long the slowest rank computes, against the mean of all.
+
+    Ranks of ZeRO-3 wait for each other in every layer, so each micro-step takes as long as its costliest pack; those
+    of ZeRO-2 once a step.
+    """
+    world_size = world_size_of_run(run)
+    if world_size == 1:
+        return None
+    steps = plan.steps_of(0)
+    chosen = sorted({steps[at * len(steps) // BALANCE_STEPS] for at in range(BALANCE_STEPS)})
+    slowest, mean = 0.0, 0.0
+    for step in chosen:
+        costs_WM = plan.costs_of(step, world_size)
+        slowest += float(costs_WM.max(axis=0).sum() if run.zero_stage == 3 else costs_WM.sum(axis=1).max())
+        mean += float(costs_WM.sum()) / world_size
+    return {"world_size": world_size, "slowest_over_mean": round(slowest / mean, 4)}
+
+
+def _mixture(dataset: Dataset, plan: StepPlan) -> list[dict[str, Any]] | None:
+    """What each source is of the first epoch, in three units; None: there is one source, each row once."""
+    import numpy as np
+
+    sources, split = dataset.run.data.train, dataset.train
+    if len(sources) == 1 and not sources[0].model_fields_set & {"share", "repeat", "limit"}:
+        return None
+    samples = plan.samples_of_epoch(0)
+    source_N = np.asarray(split.arrays["source"])[samples]
+    is_first_S = np.zeros(split.prepared.num_samples)
+    is_first_S[split.arrays["rows"][:-1]] = 1
+    amounts = {
+        "rows": is_first_S[samples],
+        "tokens": split.prepared.lengths_S[samples],
+        "trained_tokens": np.asarray(split.prepared.supervised_S)[samples],
+    }
+    sums = {unit: np.bincount(source_N, weights, minlength=len(sources)) for unit, weights in amounts.items()}
+    return [
+        {
+            "path": source.path,
+            "asked_share": source.share,
+            "asked_unit": dataset.run.data.share_unit if source.share is not None else None,
+            **{unit: int(of_source[number]) for unit, of_source in sums.items()},
+            **{f"share_of_{unit}": round(float(one[number] / one.sum()), 4) for unit, one in sums.items()},
+            "repeats": _repeats(split, sums["rows"][number], number),
+        }
+        for number, source in enumerate(sources)
+    ]
+
+
+def _repeats(split: SplitData, rows: float, source: int) -> float:
+    """How often an epoch passes over a source's rows."""
+    kept = split.prepared.counts["sources"][source]["rows_trained"]
+    return round(float(rows) / kept, 3) if kept else 0.0
