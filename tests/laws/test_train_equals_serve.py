@@ -15,7 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_dist.data.formats import conversation_of
+from qwen_dist.config import Source
+from qwen_dist.data.formats import read_row
+from qwen_dist.data.policy import policy_of
 from qwen_dist.data.prepare import prepare
 from qwen_dist.data.prepared import NOT_TRAINED, Prepared
 from qwen_dist.data.rows import parse_row
@@ -43,6 +45,8 @@ def messages_of(row: dict[str, Any], objects: bool) -> tuple[list[dict[str, Any]
         objects: tool arguments that are JSON strings become objects, as the Qwen2.5 template needs.
     """
     tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+    if "question" in row:
+        return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}], None
     if "instruction" in row:
         user = row["instruction"] + ("\n" + row["input"] if row["input"] else "")
         return [{"role": "user", "content": user}, {"role": "assistant", "content": row["output"]}], None
@@ -128,7 +132,11 @@ FILES = {
     "v1_sft_demo.jsonl": 500,
     "alpaca_en_demo.jsonl": 999,
     "alpaca_zh_demo.jsonl": 1000,
+    "identity.jsonl": 91,
+    "gsm8k_train.jsonl": 7473,
+    "gsm8k_test.jsonl": 1319,
 }
+QA = {"prompt": "question", "completion": "answer"}
 THINKING_FILES = ("derived_reason_tool_use_openai.jsonl", "reason_tool_use_demo_50.jsonl", "derived_gsm8k_think.jsonl")
 
 
@@ -144,8 +152,9 @@ def test_every_turn_of_every_shared_row(
 ) -> None:
     folder = request.getfixturevalue(f"{model}_folder")
     path = shared_data(name)
-    prepared = prepare(make_run(folder, path, max_tokens=100_000), "train", workers=1)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    source = {"path": path, "columns": QA if name.startswith("gsm8k") else {}}
+    prepared = prepare(make_run(folder, source, max_tokens=100_000), "train", workers=1)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     assert check_rows(prepared, rows, served_by(folder)) == FILES[name]
 
 
@@ -301,17 +310,19 @@ NASTY_TEXTS += ["\U0001f469\u200d\U0001f4bb"]  # an emoji of three code points
 NASTY = st.one_of(st.sampled_from(NASTY_TEXTS), st.text(max_size=12))
 TEXT = st.lists(NASTY, max_size=3).map("".join)
 ANSWER = TEXT.filter(lambda text: text.strip() and not text.lstrip().startswith("<think>"))
-THOUGHT = st.one_of(st.just(""), TEXT.filter(str.strip))
+THOUGHT = st.one_of(st.just(""), TEXT.filter(lambda text: text.strip() and "<think>" not in text))
 EXCHANGES = st.lists(st.tuples(TEXT, THOUGHT, ANSWER), min_size=1, max_size=3)
 
 
 @pytest.mark.parametrize("model", ["qwen3", "qwen25"])
-def test_nasty_text_is_served_as_trained(model: str, request: Any, served_by: Any) -> None:
+def test_nasty_text_is_served_as_trained(model: str, request: Any, served_by: Any, make_run: Any) -> None:
     folder = request.getfixturevalue(f"{model}_folder")
     tokenizer = served_by(folder)
     special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
 
     ours = load_tokenizer(str(folder))
+    source = Source(path="unused")
+    policy = policy_of(make_run(folder, Path("unused")), source, "messages", ours)
 
     @settings(max_examples=300, deadline=None)
     @given(system=st.one_of(st.none(), TEXT), exchanges=EXCHANGES)
@@ -322,11 +333,11 @@ def test_nasty_text_is_served_as_trained(model: str, request: Any, served_by: An
             reasoning = thought if ours.hybrid else ""
             messages.append({"role": "assistant", "content": answered, "reasoning_content": reasoning})
         row = parse_row(json.dumps({"messages": messages}).encode())
-        turns = turns_of(conversation_of(row, "messages", {}), ours)
+        turns, _ = turns_of(read_row(row, "messages", source, 0), ours, policy)
         ids_of = ours.encode_pieces(piece for turn in turns for piece in (*turn.prompt, *turn.response))
         trained = []
         for sample in samples_of(turns, ids_of):
-            for number, (start, end) in enumerate(sample.spans):
+            for number, (start, end, _) in enumerate(sample.spans):
                 at = sample.message + 2 * number
                 thinking = sample.mode == "think" if ours.hybrid else None
                 assert (sample.mode == "think") == bool(messages[at]["reasoning_content"])
