@@ -71,6 +71,9 @@ SAME: dict[str, tuple[str, dict[str, Any], Conversation | RawText]] = {
                       Message("user", "Q", index=2), Message("assistant", "A", index=3),
                       Message("user", "Q", index=4), Message("assistant", "A", index=5, weight=0.0)),
                      has_weights=True)),
+    "prompt and completion as messages, weights in the prompt": (
+        "prompt_completion", {"prompt": [{**ASKED, "weight": 0}], "completion": [ANSWERED]},
+        Conversation(EXCHANGE, has_weights=True)),
     "prompt as messages, completion as text": (
         "prompt_completion", {"prompt": [ASKED], "completion": "A"}, Conversation(EXCHANGE)),
     "developer": ("messages", {"messages": [{"role": "developer", "content": "S"}]}, Conversation((SYSTEM,))),
@@ -108,6 +111,10 @@ SAME: dict[str, tuple[str, dict[str, Any], Conversation | RawText]] = {
             {"role": "tool", "content": [{"type": "text", "value": "R"}]},
             {"role": "assistant", "content": [{"type": "reasoning", "value": "T"}, {"type": "text", "value": "A"}]}]},
         Conversation(LOOP, TOOLS)),
+    "parts of one text": (
+        "messages",
+        {"messages": [ASKED, {**ANSWERED, "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]}]},
+        Conversation((EXCHANGE[0], Message("assistant", "AB", index=1)))),
     "continuation": (
         "continuation", {"context": "Once", "continuation": " upon", "text": "Once upon"},
         RawText((Segment("Once", 0.0), Segment(" upon", 1.0)), True)),
@@ -165,6 +172,7 @@ def test_what_a_column_gives_away_is_not_read_twice() -> None:
         ([{"instruction": "Q", "instances": [{"input": "", "output": "A"}]}], {},
          "instances holds lists of objects with input, output: write one row for each of them."),
         ([{}], {}, "its first rows are objects without a key"),
+        ([{"text": "x", "persona": "y"}], {"system": "persona"}, "no known format has the keys text, persona"),
         ([{"q": "Q"}], {"promt": "q"}, "columns has promt, which no format reads; did you mean prompt?"),
         ([{"q": "Q"}], {"prompt": "q", "completion": "q"}, "columns gives q to prompt and completion"),
         ([{"prompt": "Q", "answer": "A"}], {"completion": "anwser"}, "no known format"),

@@ -80,13 +80,19 @@ def test_no_word_or_number_is_cut() -> None:
         assert after[0] == " " or before[-1] == "\n"
 
 
+def test_a_line_break_far_behind_the_cut_is_seen() -> None:
+    text = "One two" + " " * 20 + "\nthree"
+    assert parts(text, TextSplit(at="fraction", fraction=0.5)) == ("One two" + " " * 20 + "\n", "three")
+    assert parts(text, TextSplit(at="fraction", fraction=0.2)) == ("One", text[3:])
+
+
 def test_between_chinese_characters_any_place_is_fine() -> None:
     text = "天地玄黄宇宙洪荒"
     for number in range(1, 8):
         assert parts(text, TextSplit(at="fraction", fraction=number / 8))[0] == text[:number]
     for percent in range(1, 100):
         before, after = parts(CHINESE, TextSplit(at="fraction", fraction=percent / 100))
-        assert not ("３．１４".startswith(after[0]) and before.endswith(("３", "３．", "１")))
+        assert not (before.endswith(("３", "３．", "３．１")) and after[0] in "．１４")
         assert before[-1] != "“" and after[0] not in "”。．！？：…"
         before, after = parts(MIXED, TextSplit(at="fraction", fraction=percent / 100))
         assert {"Python", "3.14", "The", "end."} <= set(re.findall(r"[\w.]+(?=\W|\Z)", f"{before} {after}", re.ASCII))
@@ -112,6 +118,7 @@ def test_sentences_end_where_they_end() -> None:
     ("text", "expected"),
     [
         ("1. Mix. 2. Bake.\n3. Eat.", ["1. Mix.", " 2.", " Bake.\n"]),
+        ("So:\n10. Eat. Then", ["So:\n10. Eat."]),
         ("In 1999. Then", ["In 1999."]),
         ("A title\n\nThe text goes on\nand on", ["A title\n\n"]),
         ("走。”“好。”他", ["走。”", "“好。”"]),
