@@ -14,8 +14,10 @@ def plan_text(plan: Plan) -> str:
     epochs = len(data.packs_per_epoch)
     places = f"{plan.nodes} nodes × {plan.processes_per_node}" if plan.nodes > 1 else str(plan.processes_per_node)
 
-    def count(value: int) -> str:
-        return f"{'' if data.is_exact else '≈'}{value:,}"
+    def count(value: int, name: str = "") -> str:
+        """A figure, with the name of what it counts in the singular."""
+        unit = f" {name}{'' if value == 1 else 's'}" if name else ""
+        return f"{'' if data.is_exact else '≈'}{value:,}{unit}"
 
     trained = data.supervised_tokens / data.tokens if data.tokens else 0.0
     return aligned(
@@ -27,11 +29,11 @@ def plan_text(plan: Plan) -> str:
             ("step", f"{batch.packs_per_step} packs × {plan.max_tokens:,} tokens, accumulation {batch.accumulation}"),
             ("", f"{count(plan.tokens_per_step)} tokens on average"),
             ("data", f"{count(data.rows)} rows, {count(data.samples)} samples"),
-            ("", f"{count(data.tokens)} tokens, {count(data.supervised_tokens)} trained ({trained:.0%})"),
             *_mixture(data.shares),
             *(("dropped", f"{count(number)}: {reason}") for reason, number in sorted(data.dropped.items())),
-            ("epoch", f"{count(data.packs_per_epoch[0])} packs, {count(plan.steps_per_epoch)} steps"),
-            ("length", f"{count(plan.total_steps)} steps, {epochs} {'epoch' if epochs == 1 else 'epochs'}"),
+            ("epoch", f"{count(data.packs_per_epoch[0], 'pack')}, {count(plan.steps_per_epoch, 'step')}"),
+            ("", f"{count(data.tokens)} tokens, {count(data.supervised_tokens)} trained ({trained:.0%})"),
+            ("length", f"{count(plan.total_steps, 'step')}, {epochs} {'epoch' if epochs == 1 else 'epochs'}"),
             ("", f"{count(plan.total_tokens)} tokens, {count(plan.total_supervised_tokens)} trained"),
         ]
     )

@@ -72,9 +72,9 @@ processes  8 on GPU
 step       32 packs × 4,096 tokens, accumulation 4
            128,000 tokens on average
 data       1,000 rows, 1,200 samples
-           600,000 tokens, 150,000 trained (25%)
 dropped    3: no assistant turn
 epoch      150 packs, 5 steps
+           600,000 tokens, 150,000 trained (25%)
 length     15 steps, 3 epochs
            1,800,000 tokens, 450,000 trained"""
     )
