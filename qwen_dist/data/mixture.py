@@ -49,17 +49,16 @@ class Stream:
 
     def rows(self, positions_N: np.ndarray) -> np.ndarray:
         """The rows at these positions of the stream."""
-        if not len(positions_N):
-            return positions_N
-        at_N = self.order(positions_N % self.num_rows)
-        if self.limit is not None:
-            at_N = self.limit(at_N)
+        return self.in_use(self.order(positions_N % self.num_rows)) if len(positions_N) else positions_N
+
+    def in_use(self, numbers_N: np.ndarray) -> np.ndarray:
+        """The rows in use by their number, 0 .. num_rows - 1, in no random order."""
+        at_N = numbers_N if self.limit is None else self.limit(numbers_N)
         return self.first_row + at_N if self.kept_N is None else self.kept_N[at_N]
 
     def chunks(self, begin: int, end: int) -> Iterator[np.ndarray]:
         """The rows at positions begin .. end, some at a time."""
-        for at in range(begin, end, CHUNK_ROWS):
-            yield self.rows(np.arange(at, min(at + CHUNK_ROWS, end)))
+        return (self.rows(positions_N) for positions_N in _chunks(begin, end))
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,11 @@ def _positions(stream: Stream, table: Table, unit: str, total: int, amounts: Seq
 def _total(stream: Stream, table: Table, unit: str) -> int:
     if unit == "rows":
         return stream.num_rows
-    return sum(int(_amounts(table, rows_N, unit).sum()) for rows_N in stream.chunks(0, stream.num_rows))
+    return sum(int(_amounts(table, stream.in_use(at_N), unit).sum()) for at_N in _chunks(0, stream.num_rows))
+
+
+def _chunks(begin: int, end: int) -> Iterator[np.ndarray]:
+    return (np.arange(at, min(at + CHUNK_ROWS, end)) for at in range(begin, end, CHUNK_ROWS))
 
 
 def _amounts(table: Table, rows_N: np.ndarray, unit: str) -> np.ndarray:
