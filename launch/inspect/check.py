@@ -1,6 +1,6 @@
 """A lint of a run's data: each finding is a line that an editor or a CI system can follow to its place.
 
-Shapes: S samples, R rows with samples, K trained stretches.
+Shapes: S samples, F files, R rows with samples, K trained stretches.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launch.inspect.dataset import Dataset, Place, SplitData
-from launch.inspect.numbers import first_places, repeated_rows, rows_held_out
+from launch.inspect.numbers import first_places, rows_held_out
 from launch.inspect.tokens import visible
 
 if TYPE_CHECKING:
     from qwen_dist.data.messages import Conversation
 
-NUM_SHOWN = 20  # findings of one rule in one source; the rest is counted
+NUM_SHOWN = 20  # findings of one rule in train or eval, or in one source; the rest is counted
 # Rows whose prompts are rendered again; all of them where there are no more. A row takes about a millisecond.
 NUM_PROVED = 1000
 
@@ -63,24 +63,25 @@ def check(dataset: Dataset, max_dropped: float) -> Report:
     not_shown: dict[str, int] = {}
     rows = proved = 0
     for split in dataset.splits:
-        held_out = dataset.held_out if split is dataset.train else None
         chosen = _spread(split)
         proved += len(chosen)
         rows += split.prepared.counts["rows"]
-        for source in range(len(split.sources)):
-            rules = (
+        held_out = dataset.held_out if split is dataset.train else None
+        rules = [_without_stop(split), _texts_without_end(split), _roles(split), _not_as_served(split, chosen)]
+        rules += [
+            rule
+            for source in range(len(split.sources))
+            for rule in (
                 _nothing_trained(split, source),
                 _too_many_dropped(split, source, max_dropped),
                 _duplicates(split, source, max_dropped),
                 _held_out(split, source, held_out),
-                _without_stop(split, source),
-                _roles(split, source),
-                _not_as_served(split, [index for index in chosen if split.arrays["source"][index] == source]),
             )
-            for found in rules:
-                findings += itertools.islice(found, NUM_SHOWN)
-                for one in found:
-                    not_shown[one.rule] = not_shown.get(one.rule, 0) + 1
+        ]
+        for found in rules:
+            findings += itertools.islice(found, NUM_SHOWN)
+            for one in found:
+                not_shown[one.rule] = not_shown.get(one.rule, 0) + 1
     return Report(findings, not_shown, rows, proved)
 
 
@@ -134,7 +135,7 @@ def _too_many_dropped(split: SplitData, source: int, max_dropped: float) -> Iter
 def _duplicates(split: SplitData, source: int, max_dropped: float) -> Iterator[Finding]:
     if split.split == "train" and split.run.data.duplicates == "drop":
         return
-    repeated_R = repeated_rows(split) & _is_of_source(split, source)
+    repeated_R = split.repeated_R & _is_of_source(split, source)
     number, of_all = int(repeated_R.sum()), int(_is_of_source(split, source).sum())
     if of_all and number / of_all > max_dropped:
         place = first_places(split, repeated_R, limit=1)[0]
@@ -152,8 +153,8 @@ def _held_out(split: SplitData, source: int, held_out: SplitData | None) -> Iter
         )
 
 
-def _without_stop(split: SplitData, source: int) -> Iterator[Finding]:
-    """Trained stretches that do not end with the token that ends a response."""
+def _without_stop(split: SplitData) -> Iterator[Finding]:
+    """Trained responses that do not end with the stop token."""
     import numpy as np
 
     prepared, tokenizer = split.prepared, split.tokenizer
@@ -161,38 +162,38 @@ def _without_stop(split: SplitData, source: int) -> Iterator[Finding]:
     offsets_S1, span_offsets_S1 = prepared.array("offsets"), prepared.array("span_offsets")
     sample_K = np.repeat(np.arange(prepared.num_samples), np.diff(span_offsets_S1))
     last_K = prepared.array("ids")[offsets_S1[sample_K] + ends_K - 1]
-    is_chat = np.array([split.is_chat(file) for file in range(len(prepared.files))])
-    is_response_K = is_chat[split.arrays["file"][sample_K]] & (split.arrays["source"][sample_K] == source)
+    is_chat_F = np.array([split.is_chat(file) for file in range(len(prepared.files))])
+    is_response_K = is_chat_F[split.arrays["file"][sample_K]]
+    stop = tokenizer.decode([tokenizer.stop_id])
     for at in np.flatnonzero(is_response_K & (last_K != tokenizer.stop_id)):
         place = split.shown_place(split.place_of(int(sample_K[at])))
-        yield Finding(
-            "stop token missing", place, f"a trained response ends without {tokenizer.decode([tokenizer.stop_id])}"
-        )
-    yield from _texts_without_end(split, source, is_chat)
+        yield Finding("stop token missing", place, f"a trained response ends without {stop}")
 
 
-def _texts_without_end(split: SplitData, source: int, is_chat: Any) -> Iterator[Finding]:
+def _texts_without_end(split: SplitData) -> Iterator[Finding]:
     """Texts whose source asks for an end-of-text token, and that have none after their last sample."""
     import numpy as np
 
     prepared = split.prepared
-    if not split.sources[source].end_of_text:
-        return
+    needs_end_F = np.array(
+        [
+            split.policy(file).row_format == "continuation" and split.sources[split.source_of(file)].end_of_text
+            for file in range(len(prepared.files))
+        ]
+    )
     last_S = split.arrays["rows"][1:] - 1
-    file_R = split.arrays["file"][last_S]
-    formats = np.array([split.policy(file).row_format == "continuation" for file in range(len(prepared.files))])
     ids_R = prepared.array("ids")[prepared.array("offsets")[last_S + 1] - 1]
-    wrong_R = formats[file_R] & ~is_chat[file_R] & (split.arrays["source"][last_S] == source)
-    for place in first_places(split, wrong_R & (ids_R != split.tokenizer.pad_id), limit=len(last_S)):
+    wrong_R = needs_end_F[split.arrays["file"][last_S]] & (ids_R != split.tokenizer.pad_id)
+    for place in first_places(split, wrong_R, limit=int(wrong_R.sum())):
         yield Finding("stop token missing", place, "a text ends without its end-of-text token")
 
 
-def _roles(split: SplitData, source: int) -> Iterator[Finding]:
+def _roles(split: SplitData) -> Iterator[Finding]:
     from qwen_dist.data.messages import RawText
     from qwen_dist.data.rows import BadRow
 
-    for file, known in enumerate(split.prepared.files):
-        if known["source"] != source or not split.is_chat(file):
+    for file in range(len(split.prepared.files)):
+        if not split.is_chat(file):
             continue
         for number, content in split.rows_of(file):
             try:

@@ -1,4 +1,7 @@
-"""A run's data as `inspect` reads it: the prepared samples, and the rows of the files that they came from."""
+"""A run's data as `inspect` reads it: the prepared samples, and the rows of the files that they came from.
+
+Shapes: R rows with samples.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from launch.prepare_data import prepare_shown
 from qwen_dist.config import Run, Source
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from qwen_dist.data.files import DataFile
     from qwen_dist.data.inputs import Inputs
     from qwen_dist.data.messages import Conversation, RawText
@@ -82,6 +87,20 @@ class SplitData:
     def place_of(self, index: int) -> Place:
         """Where sample number `index` came from."""
         return Place(int(self.arrays["file"][index]), int(self.arrays["place"][index]))
+
+    @cached_property
+    def hashes_R(self) -> np.ndarray:
+        """Content of each row with samples, uint64."""
+        import numpy as np
+
+        return np.asarray(self.arrays["hash"][self.arrays["rows"][:-1]])
+
+    @cached_property
+    def repeated_R(self) -> np.ndarray:
+        """Of each row with samples, whether it repeats an earlier one exactly."""
+        from qwen_dist.data.mixture import repeats_earlier
+
+        return repeats_earlier(self.hashes_R)
 
     def samples_around(self, index: int) -> tuple[int, int]:
         """The first sample of this one's row, and the one after its last."""

@@ -50,25 +50,11 @@ def world_size_of_run(run: Run) -> int:
     return max(size for size in range(1, wanted + 1) if run.batch.packs_per_step % size == 0)
 
 
-def repeated_rows(split: SplitData) -> np.ndarray:
-    """Of each row with samples, whether it repeats an earlier one of its split exactly: bool [R]."""
-    from qwen_dist.data.mixture import repeats_earlier
-
-    return repeats_earlier(hashes_R(split))
-
-
 def rows_held_out(train: SplitData, held_out: SplitData) -> np.ndarray:
     """Of each training row, whether it is a held-out row, too: bool [R]."""
     from qwen_dist.data.mixture import is_among
 
-    return is_among(hashes_R(train), hashes_R(held_out))
-
-
-def hashes_R(split: SplitData) -> np.ndarray:
-    """Content of each row with samples, uint64 [R]."""
-    import numpy as np
-
-    return np.asarray(split.arrays["hash"][split.arrays["rows"][:-1]])
+    return is_among(train.hashes_R, held_out.hashes_R)
 
 
 def first_places(
@@ -89,7 +75,7 @@ def _of_split(split: SplitData, held_out: SplitData | None) -> dict[str, Any]:
 
     source_S = np.asarray(split.arrays["source"])
     source_R = source_S[split.arrays["rows"][:-1]]
-    repeated_R = repeated_rows(split)
+    repeated_R = split.repeated_R
     held_out_R = rows_held_out(split, held_out) if held_out else np.zeros_like(repeated_R)
     counts = split.prepared.counts
     sources = []
@@ -161,6 +147,8 @@ def _packing(dataset: Dataset, plan: StepPlan) -> dict[str, Any]:
     num_packs = plan.packs_per_epoch[epoch]
     samples = plan.samples_of_epoch(epoch)
     num_tokens = int(dataset.train.prepared.lengths_S[samples].sum())
+    used_S = np.zeros(dataset.train.prepared.num_samples, dtype=bool)
+    used_S[samples] = True
     return {
         "max_tokens": run.data.max_tokens,
         "packs": num_packs,
@@ -170,7 +158,7 @@ def _packing(dataset: Dataset, plan: StepPlan) -> dict[str, Any]:
         "epochs": len(plan.packs_per_epoch),
         "steps": plan.num_steps,
         "samples_per_epoch": len(samples),
-        "samples_not_used": len(np.setdiff1d(np.arange(dataset.train.prepared.num_samples), samples)),
+        "samples_not_used": int((~used_S).sum()),
         "balance": _balance(run, plan),
     }
 

@@ -115,13 +115,11 @@ def became(split: SplitData, place: Place) -> PartResult:
 
 def _left_out(split: SplitData, place: Place) -> list[str]:
     """Why a row with samples is in no epoch, as far as its content decides that."""
-    from launch.inspect.numbers import hashes_R
-
     data, where = split.run.data, split.shown_place(place)
     samples = samples_at(split, place)
     if split.split == "eval" or not samples:
         return []
-    own, all_R = split.arrays["hash"][samples[0]], hashes_R(split)
+    own, all_R = split.arrays["hash"][samples[0]], split.hashes_R
     first = int((all_R == own).argmax())
     earlier = int(split.arrays["rows"][first])
     if data.duplicates == "drop" and earlier < samples[0]:

@@ -88,8 +88,8 @@ def unread_keys(
 
 def settings_without_effect(source: Source, row_format: str) -> list[str]:
     """Settings of a source that rows of this format do not heed."""
-    given = source.model_fields_set & {"text_split", "end_of_text"}
-    return sorted(given) if row_format != "continuation" else []
+    names = ("text_split", "end_of_text") if row_format != "continuation" else ()
+    return [name for name in names if getattr(source, name) != Source.model_fields[name].default]
 
 
 def read_row(row: dict[str, Any], row_format: str, source: Source, row_hash: int) -> Conversation | RawText:
@@ -116,13 +116,6 @@ def read_row(row: dict[str, Any], row_format: str, source: Source, row_hash: int
         context, continuation = ((values[key], names[key]) for key in needed)
         return read_continuation(context, continuation, source.end_of_text)
     return read_conversation(row_format, values, names, needed)
-
-
-def conversation_of(row: dict[str, Any], row_format: str, columns: dict[str, str]) -> Conversation:
-    """`read_row` of a source that has nothing but columns, for rows of messages."""
-    conversation = read_row(row, row_format, Source(path="rows", columns=columns), 0)
-    assert isinstance(conversation, Conversation)
-    return conversation
 
 
 def _check_keys(path: str, row_format: str, columns: dict[str, str]) -> None:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from qwen_dist import run_dir
 from qwen_dist.config import Run, Source
 from qwen_dist.data.files import DataFile, digest, find_files, first_rows, stamp
-from qwen_dist.data.formats import detect_format, unread_keys
+from qwen_dist.data.formats import detect_format, settings_without_effect, unread_keys
 from qwen_dist.data.policy import Policy, policy_of
+from qwen_dist.data.rows import shown
 from qwen_dist.data.system import keys_read_by
 from qwen_dist.data.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_dist.errors import UserError
@@ -109,6 +110,11 @@ def read_inputs(run: Run, split: Split) -> Inputs:
     for file in files:
         source, rows = sources[file.source], first_rows(file)
         row_format = detect_format(file.path, source.format, source.columns, rows)
+        for setting in settings_without_effect(source, row_format):
+            raise UserError(
+                f"data.{split}.{file.source}.{setting} has no effect: the rows of {shown(file.path)} are {row_format}; "
+                "remove it, or set format to continuation."
+            )
         policies.append(policy_of(run, source, row_format, tokenizer))
         also_read = keys_read_by(policies[-1].system)
         if run.data.curriculum and run.data.curriculum.column:

@@ -16,7 +16,7 @@ import numpy as np
 from qwen_dist.data.files import DataFile, read_rows
 from qwen_dist.data.formats import read_row
 from qwen_dist.data.messages import Conversation, RawText
-from qwen_dist.data.part_result import NO_ASSISTANT_TURN, NO_TRAINED_TOKEN, TOO_LONG, PartResult
+from qwen_dist.data.part_result import NO_ASSISTANT_TURN, NO_PLACE_TO_CUT, NO_TRAINED_TOKEN, TOO_LONG, PartResult
 from qwen_dist.data.policy import Policy
 from qwen_dist.data.rows import BadRow, kind_of, parse_row, row_hash
 from qwen_dist.data.samples import Sample, samples_of
@@ -106,7 +106,8 @@ def _rows(part: Part, tokenizer: ChatTokenizer, result: PartResult) -> Iterator[
         result.num_rows += 1
         try:
             row = content if isinstance(content, dict) else parse_row(content)
-            yield from _read(row, row_hash(row), place, index, policy, tokenizer, result)
+            hash_of_row = row_hash(row) if policy.reads_row_hash else 0
+            yield from _read(row, hash_of_row, place, index, policy, tokenizer, result)
         except BadRow as error:
             result.refuse(place, str(error), policy.skip_bad_rows)
 
@@ -135,10 +136,15 @@ def _read(
     if turns:
         yield _Row(place, index, form, turns, key)
         return
-    has_answer = isinstance(form, RawText) or any(message.role == "assistant" for message in form.messages)
-    reason = NO_TRAINED_TOKEN if has_answer else NO_ASSISTANT_TURN
+    reason = _why_untrained(form)
     result.drop(reason, place)
     result.rows_dropped[reason] += 1
+
+
+def _why_untrained(form: Conversation | RawText) -> str:
+    if isinstance(form, RawText):
+        return NO_PLACE_TO_CUT if len(form.segments) == 1 else NO_TRAINED_TOKEN
+    return NO_TRAINED_TOKEN if any(message.role == "assistant" for message in form.messages) else NO_ASSISTANT_TURN
 
 
 def _key(row: dict[str, Any], column: str) -> float:

@@ -13,6 +13,7 @@ NUM_SYSTEMS = 1000
 
 NO_ASSISTANT_TURN = "no assistant turn"
 NO_TRAINED_TOKEN = "nothing in it is trained"
+NO_PLACE_TO_CUT = "no place in the text to cut it"
 TOO_LONG = "longer than data.max_tokens"
 MALFORMED = "malformed"
 COUNTERS = ("modes", "systems", "dropped", "rows_dropped")

@@ -34,6 +34,12 @@ class Policy:
     skip_bad_rows: bool
     key_column: str | None
 
+    @property
+    def reads_row_hash(self) -> bool:
+        """Whether any choice is made by a row's content."""
+        by_content = self.system.policy == "choose" or self.system.drop_rate > 0
+        return by_content or self.source.text_split.at == "sentence"
+
     def identity(self) -> dict[str, Any]:
         """What of it changes a token, a mask or a count: part of the fingerprint."""
         source = self.source.model_dump(include={"columns", "text_split", "end_of_text"})

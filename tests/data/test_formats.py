@@ -301,10 +301,12 @@ def test_keys_that_nothing_reads(row_format: str, row: dict[str, Any], columns: 
 
 
 def test_settings_that_a_format_does_not_heed() -> None:
-    source = Source(path="rows.jsonl", text_split={"at": "fraction"}, end_of_text=True)
-    assert settings_without_effect(source, "messages") == ["end_of_text", "text_split"]
+    source = Source(path="rows.jsonl", text_split={"at": "fraction"}, end_of_text=False)
+    assert settings_without_effect(source, "messages") == ["text_split", "end_of_text"]
     assert settings_without_effect(source, "continuation") == []
-    assert settings_without_effect(Source(path="rows.jsonl"), "messages") == []
+    plain = Source(path="rows.jsonl")
+    assert settings_without_effect(plain, "messages") == []
+    assert settings_without_effect(Source.model_validate(plain.model_dump()), "messages") == []
 
 
 def test_end_of_text_is_the_sources_choice() -> None:

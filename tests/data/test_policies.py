@@ -380,3 +380,14 @@ def test_what_is_fed_before_a_continuation_is_what_its_context_encodes_to(prepar
     num_fed = int((labels_T == NOT_TRAINED).sum())
     assert ids_T[:num_fed].tolist() == made.tokenizer.encode("The answer is")
     assert ids_T[num_fed:-1].tolist() == made.tokenizer.encode("n't here")
+
+
+def test_a_text_that_cannot_be_cut_is_counted_as_such(prepared: Any) -> None:
+    rows = [{"text": "One sentence only"}, {"text": "Two. Sentences."}]
+    made = prepared(rows, source={"text_split": {"at": "sentence"}})
+    assert made.counts["dropped"] == {"no place in the text to cut it": 1} and made.num_samples == 1
+
+
+def test_settings_of_texts_on_messages_are_refused(prepared: Any) -> None:
+    with pytest.raises(UserError, match=r"data\.train\.0\.end_of_text has no effect: the rows of .* are messages"):
+        prepared([NONE], source={"end_of_text": False})

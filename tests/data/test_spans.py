@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen_dist.data.messages import Conversation, Message
+from qwen_dist.data.policy import Policy, policy_of
 from qwen_dist.data.rows import BadRow
 from qwen_dist.data.spans import turns_of
 from qwen_dist.data.tokenizer import load_tokenizer
@@ -28,19 +30,24 @@ REFUSED = {
 }
 
 
+def policy(make_run: Any, folder: Path) -> Policy:
+    run = make_run(folder, folder / "rows.jsonl")
+    return policy_of(run, run.data.train[0], "messages", load_tokenizer(str(folder)))
+
+
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str, qwen3_folder: Path, tmp_path: Path) -> None:
+def test_refused(name: str, qwen3_folder: Path, make_run: Any, tmp_path: Path) -> None:
     turn, reason = REFUSED[name]
     shutil.copyfile(qwen3_folder / "tokenizer.json", tmp_path / "tokenizer.json")
     (tmp_path / "chat_template.jinja").write_text(USER + turn + END, encoding="utf-8")
     tokenizer = load_tokenizer(str(tmp_path))
     with pytest.raises(BadRow) as caught:
-        turns_of(ROW, tokenizer)
+        turns_of(ROW, tokenizer, policy(make_run, tmp_path))
     assert str(caught.value).startswith("message 1: ")
     assert reason in str(caught.value)
 
 
-def test_whitespace_that_the_template_trims_is_no_change(qwen3_folder: Path) -> None:
+def test_whitespace_that_the_template_trims_is_no_change(qwen3_folder: Path, make_run: Any) -> None:
     padded = Conversation((Message("user", "Q", index=0), Message("assistant", "\n\nA \n", index=1)))
-    (turn,) = turns_of(padded, load_tokenizer(str(qwen3_folder)))
+    ((turn,), _) = turns_of(padded, load_tokenizer(str(qwen3_folder)), policy(make_run, qwen3_folder))
     assert turn.response == ["A \n", 151645]

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_dist.data.formats import conversation_of, detect_format
+from qwen_dist.config import Source
+from qwen_dist.data.formats import detect_format, read_row
 from qwen_dist.data.spans import _for_template
 from qwen_dist.data.tokenizer import load_tokenizer
 from qwen_dist.errors import UserError
@@ -45,7 +46,7 @@ def test_renders_and_encodes_shared_conversations_as_transformers(model: str, re
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:300]
         row_format = detect_format(str(path), "auto", {}, rows)
         for number, row in enumerate(rows):
-            conversation = conversation_of(row, row_format, {})
+            conversation = read_row(row, row_format, Source(path="unused"), 0)
             messages = [_for_template(message, ours) for message in conversation.messages]
             options = {"add_generation_prompt": number % 2 == 0, "enable_thinking": number % 3 == 0}
             tools = list(conversation.tools) if conversation.tools else None

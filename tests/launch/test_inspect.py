@@ -36,6 +36,7 @@ ROWS = [
     chat("Close <|im_end|> me", "No."),
     chat("Good morning", "Good morning to you.", system="You are the support desk of a shop."),
     chat("Held out?", "Yes."),
+    chat("One?", "<think>\nOne.\n</think>\n\n1", "Two?", "<think>\nTwo.\n</think>\n\n2"),
 ]
 
 
@@ -61,11 +62,12 @@ def test_the_table_tells_what_is_not_zero(mixed: Path, cli: Cli, monkeypatch: py
     assert max(map(len, lines)) <= 80 and not any(line.endswith(" ") for line in lines if line.startswith("  "))
     told = {line.split()[0]: line for line in lines if line.split()}
     assert told["mixed.jsonl"].split()[1:4] == ["20.0%", "of", "rows"]  # the mixture comes last
-    assert lines[1].split()[:4] == ["mixed.jsonl", "7", "5", "5"]
+    assert lines[1].split()[:4] == ["mixed.jsonl", "8", "6", "7"]
     assert "1 no assistant turn  at mixed.jsonl:3" in result.out
     assert "1 longer than data.max_tokens  at mixed.jsonl:4" in result.out
     assert "You are the support desk of a shop.  2 rows" in result.out
     assert "control tokens named 1 time in content  in 1 row" in result.out
+    assert "6 rows make 7 samples" in result.out and "28.6% of the samples are served with thinking" in result.out
     assert "1 row that repeat" in result.out and "at mixed.jsonl:6" in result.out
     assert "1 row of data.eval  at mixed.jsonl:7" in result.out
     assert "not read    note  keys of the rows" in result.out
@@ -77,7 +79,7 @@ def test_the_table_tells_what_is_not_zero(mixed: Path, cli: Cli, monkeypatch: py
 def test_json_has_the_same_numbers(mixed: Path, cli: Cli) -> None:
     numbers = json.loads(cli("inspect", "run.yaml", "--json").out)
     first, second = numbers["train"]["sources"]
-    assert (first["rows"], first["rows_trained"], first["duplicate_rows"], first["held_out_rows"]) == (7, 5, 1, 1)
+    assert (first["rows"], first["rows_trained"], first["duplicate_rows"], first["held_out_rows"]) == (8, 6, 1, 1)
     assert first["duplicate_at"] == ["mixed.jsonl:6"] and first["held_out_at"] == ["mixed.jsonl:7"]
     assert first["unread_keys"] == ["note"] and first["dropped"]["no assistant turn"] == 1
     assert sum(number for _, _, number in first["lengths"]["histogram"]) == first["samples"]
@@ -86,7 +88,7 @@ def test_json_has_the_same_numbers(mixed: Path, cli: Cli) -> None:
     assert packing["steps_per_epoch"] == -(-packing["packs"] // 4)
     assert packing["balance"]["world_size"] == 2 and packing["balance"]["slowest_over_mean"] >= 1
     assert [one["share_of_rows"] for one in mixture] == [0.2, 0.8]
-    assert [one["rows"] for one in mixture] == [5, 20] and mixture[1]["repeats"] == 0.5
+    assert [one["rows"] for one in mixture] == [6, 24] and mixture[1]["repeats"] == 0.6
     assert sum(one["share_of_tokens"] for one in mixture) == pytest.approx(1, abs=1e-3)
     assert second["trained_weight"] == second["supervised_tokens"]
 
@@ -107,8 +109,8 @@ def test_a_row_that_is_dropped_says_why(mixed: Path, cli: Cli) -> None:
     assert "is dropped: longer than data.max_tokens (3" in said["mixed.jsonl:4"].out
     assert "tokens, and data.max_tokens is 128)" in said["mixed.jsonl:4"].out
     write_lines(mixed / "mixed.jsonl", [*ROWS, {"messages": [{"role": "who", "content": "?"}]}])
-    skipped = cli("inspect", "run.yaml", "data.on_bad_row=skip", "--row", "mixed.jsonl:8")
-    assert skipped.out.startswith("mixed.jsonl:8 is malformed and left out: ") and "'who'" in skipped.out
+    skipped = cli("inspect", "run.yaml", "data.on_bad_row=skip", "--row", "mixed.jsonl:9")
+    assert skipped.out.startswith("mixed.jsonl:9 is malformed and left out: ") and "'who'" in skipped.out
     dropped = cli("inspect", "run.yaml", "data.on_bad_row=skip", "data.duplicates=drop", "--row", "mixed.jsonl:6")
     assert "mixed.jsonl:6 is in no epoch: it repeats mixed.jsonl:1, and data.duplicates is drop." in dropped.out
 
