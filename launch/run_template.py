@@ -13,7 +13,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "": ("name", "output_dir", "seed"),
     "model": ("path", "attention", "precision", "activation_checkpointing"),
     "method": ("kind", "rank", "alpha", "dropout", "targets"),
-    "data": ("train", "eval", "max_tokens", "system"),
+    "data": ("train", "eval", "max_tokens", "system", "loss", "thinking", "too_long", "on_bad_row"),
     "batch": ("packs_per_step",),
     "optim": ("lr", "schedule", "warmup", "weight_decay", "grad_clip"),
     "length": ("epochs", "max_steps"),

@@ -184,23 +184,25 @@ class Curriculum(Section):
 class Data(Section):
     """What is learned."""
 
-    train: Annotated[tuple[Source, ...], Field(min_length=1)] = Field(description="Files to train on")
+    train: Annotated[tuple[Source, ...], Field(min_length=1)] = Field(
+        description="Files, folders or patterns to train on"
+    )
     eval: tuple[Source, ...] = Field((), description="Held-out files; their loss is measured, never trained")
     max_tokens: Annotated[int, Field(ge=8)] = Field(4096, description="Tokens in a pack, and of a sample at most")
     system: SystemMessage = Field(SystemMessage(), description="System message policy")
     loss: Literal["responses", "last_response", "all"] = Field(
-        "responses", description="Trained tokens: every response, each row's last one, or everything"
+        "responses", description="What is trained: responses, last_response (of each row), or all"
     )
     thinking: Literal["auto", "prompt", "supervised", "none"] = Field(
         "auto",
-        description="Empty think block of answers without reasoning: prompt: fed; supervised: trained; none: left out; "
-        "auto: prompt where the template can switch thinking",
+        description="Empty think block before answers without reasoning: prompt (fed), supervised (trained), none; "
+        "auto: prompt where the template switches thinking, else none",
     )
     thinking_switches: Literal["ignore", "follow"] = Field(
         "ignore", description="/think and /no_think in user and system text: ignore: plain text; follow: they decide"
     )
     too_long: Literal["drop", "trim_history", "split", "error"] = Field(
-        "drop", description="A sample over max_tokens: dropped and counted, history trimmed, texts split, or an error"
+        "drop", description="Samples over max_tokens: drop (counted), trim_history, split (texts), or error"
     )
     split_overlap: Annotated[int, Field(ge=0)] = Field(
         0, description="With too_long: split, tokens of each chunk that repeat the one before, fed only"
@@ -208,7 +210,9 @@ class Data(Section):
     special_tokens_in_content: Literal["text", "error", "allow"] = Field(
         "text", description="Control tokens' names inside content: text: stay text; error; allow: become control tokens"
     )
-    on_bad_row: Literal["error", "skip"] = Field("error", description="Malformed rows: error: all named; skip: counted")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="Malformed rows: error (all are named), or skip (counted)"
+    )
     duplicates: Literal["keep", "drop"] = Field("keep", description="Rows that repeat an earlier one exactly")
     eval_in_train: Literal["keep", "drop"] = Field("keep", description="Training rows that are held-out rows too")
     share_unit: Literal["rows", "tokens", "trained_tokens"] = Field("rows", description="What share counts")
