@@ -109,7 +109,7 @@ def make_start(loaded: Loaded) -> Start:
         check_data(before, data.fingerprints, run_dir.path)
     plan = make_plan(run, per_node, data.numbers)
     files = {run_dir.run_json.name: make_record(loaded, data.fingerprints, data.counts, before), **files}
-    is_done = kind == "resume" and _is_finished(run_dir, plan)
+    is_done = kind == "resume" and _is_finished(run_dir)
     return Start(run_dir, "done" if is_done else kind, plan, files, argv, variables)
 
 
@@ -161,6 +161,7 @@ def _prepare(run: Run) -> tuple[Prepared, Prepared | None]:
         raise
 
 
-def _is_finished(run_dir: RunDir, plan: Plan) -> bool:
+def _is_finished(run_dir: RunDir) -> bool:
+    """Whether the last attempt made the run's last step; one that goes on has the same length (`decide`)."""
     outcome = read_outcome(run_dir)
-    return outcome is not None and outcome.exit_code == EXIT_DONE and outcome.step >= plan.total_steps
+    return outcome is not None and outcome.exit_code == EXIT_DONE

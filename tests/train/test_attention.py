@@ -25,6 +25,8 @@ CONFIGS = {
 
 
 class ThreeSamples:
+    has_weights = False
+
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         ids_T = np.random.default_rng(index).integers(0, 50, size=5 + 3 * index).astype(np.int32)
         return ids_T, ids_T
