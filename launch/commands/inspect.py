@@ -20,6 +20,7 @@ Example:
   qwen-dist inspect run.yaml --check
   qwen-dist inspect run.yaml --diff other.yaml
 """
+MAX_DROPPED = 0.05
 NUM_SAMPLES, NUM_PAGE_SAMPLES, NUM_DIFF_ROWS = 2, 300, 3
 
 
@@ -34,8 +35,8 @@ NUM_SAMPLES, NUM_PAGE_SAMPLES, NUM_DIFF_ROWS = 2, 300, 3
 @click.option("--diff", metavar="OTHER.yaml", type=click.Path(path_type=Path), help="What another run file changes.")
 @click.option("--check", is_flag=True, help="Look for faults; exit code 1 where there are some.")
 @click.option(
-    "--max-dropped", metavar="SHARE", type=click.FloatRange(0, 1), default=0.05, show_default=True,
-    help="With --check: the share of rows that may be dropped, or be duplicates.",
+    "--max-dropped", metavar="SHARE", type=click.FloatRange(0, 1),
+    help=f"With --check: the share of rows that may be dropped, or be duplicates; {MAX_DROPPED} by default.",
 )  # fmt: skip
 @click.option("--tokens", metavar="OUT.jsonl", help="Write every training sample's token ids and labels; - for stdout.")
 @click.option("--json", "as_json", is_flag=True, help="For a machine to read.")
@@ -73,6 +74,10 @@ def _refuse_contradictions(options: dict[str, Any]) -> None:
         raise UserError(f"{' and '.join(jobs)} are jobs of their own; ask for one at a time.")
     if options["tokens"] == "-" and options["as_json"]:
         raise UserError("--tokens - and --json both write to stdout; give --tokens a file.")
+    if options["max_dropped"] is not None and not options["check"]:
+        raise UserError("--max-dropped has no effect without --check; add it.")
+    if options["samples"] is not None and (options["check"] or options["row"]):
+        raise UserError(f"--samples has no effect with {jobs[0]}; remove it.")
     if options["row"] and options["as_json"]:
         raise UserError("--row has no --json; --tokens writes every sample as JSON.")
 
@@ -139,7 +144,7 @@ def _check(dataset: Dataset, options: dict[str, Any]) -> int:
     from launch.inspect.check import check, show_findings
     from qwen_dist.errors import EXIT_RUN_FAILED
 
-    report = check(dataset, options["max_dropped"])
+    report = check(dataset, MAX_DROPPED if options["max_dropped"] is None else options["max_dropped"])
     if options["as_json"]:
         click.echo(json.dumps(report.as_json(), ensure_ascii=False, indent=2))
     else:

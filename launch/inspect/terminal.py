@@ -27,12 +27,9 @@ def show_samples(console: Console, shown: Sequence[SampleView], in_full: bool = 
 
     if not shown:
         return
-    legend = Text("Tokens are parted by ", style=QUIET).append(MARK).append("; trained ones are ", style=QUIET)
-    legend.append(
-        "marked so" if console.is_terminal else "⟦in brackets⟧",
-        style=trained_style(console) if console.is_terminal else "",
-    )
-    legend.append(", all else is only fed.", style=QUIET)
+    mark = ("marked so", trained_style(console)) if console.is_terminal else ("⟦in brackets⟧", "")
+    before = (f"Tokens are parted by {MARK}; trained ones are ", QUIET)
+    legend = Text.assemble(before, mark, (", all else is only fed.", QUIET))
     console.print()
     console.print(legend)
     for sample in shown:
@@ -58,12 +55,12 @@ def show_sample(console: Console, sample: SampleView, in_full: bool) -> None:
     fed.append("▌" if console.is_terminal else "", style="green").append("the model answers here", style=QUIET)
     if console.width >= SIDE_BY_SIDE and console.is_terminal:
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), expand=True, header_style=QUIET)
-        table.add_column("trained", ratio=1, overflow="fold")
+        table.add_column("in training", ratio=1, overflow="fold")
         table.add_column("fed by serving", ratio=1, overflow="fold")
         table.add_row(trained, fed)
         console.print(table)
     else:
-        for name, text in (("trained", trained), ("fed by serving", fed)):
+        for name, text in (("in training", trained), ("fed by serving", fed)):
             console.print(Text(name, style=QUIET))
             console.print(text, soft_wrap=not console.is_terminal)
     for served in sample.served:

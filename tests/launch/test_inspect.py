@@ -152,6 +152,8 @@ def test_user_errors_are_one_sentence(mixed: Path, cli: Cli) -> None:
         (["--row", "mixed.jsonl:99"], "has no row at line 99"),
         (["--row", "mixed.jsonl:0"], "has no row at line 0"),
         (["--row", "mixed.jsonl:1", "--check"], "--check and --row are jobs of their own"),
+        (["--max-dropped", "0.1"], "--max-dropped has no effect without --check"),
+        (["--check", "--samples", "3"], "--samples has no effect with --check"),
         (["--diff", "none.yaml"], "no run file none.yaml"),
         (["--html", "no/such/out.html"], "--html no/such/out.html cannot be written"),
         (["--tokens", "-", "--json"], "both write to stdout"),
