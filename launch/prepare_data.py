@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from qwen_dist.config import Run
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
     from qwen_dist.data.prepare import Done
     from qwen_dist.data.prepared import Prepared
@@ -35,19 +35,23 @@ def prepare_shown(run: Run, split: Literal["train", "eval"], workers: int | None
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"tokenizing data.{split}", total=None, rate="")
-        return prepare(run, split, workers=workers, progress=_Bar(bar, task))
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    try:
+        return prepare(run, split, workers=workers, progress=_Bar(bar, split))
+    finally:
+        bar.stop()
 
 
 class _Bar:
-    """Updates the bar with the bytes done and the rows per second."""
+    """Shows the bytes done and the rows per second, from the first part on: what was tokenized before has none."""
 
-    def __init__(self, bar: Progress, task: TaskID) -> None:
-        self._bar, self._task = bar, task
+    def __init__(self, bar: Progress, split: str) -> None:
+        self._bar = bar
+        self._task = bar.add_task(f"tokenizing data.{split}", total=None, rate="")
         self._started = time.monotonic()
 
     def __call__(self, done: Done) -> None:
+        self._bar.start()
         rate = f"{done.num_rows / (time.monotonic() - self._started):,.0f} rows/s"
         self._bar.update(self._task, completed=done.num_bytes, total=done.num_bytes_all, rate=rate)
 

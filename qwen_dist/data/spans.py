@@ -97,7 +97,8 @@ def _turn(
         if serving.without_block:
             response = _without_block(response, tokenizer)
     except BadRow as error:
-        raise BadRow(f"message {message.index}: {error}") from None
+        first = "an assistant turn comes first: " if at == 0 else ""
+        raise BadRow(f"message {message.index}: {first}{error}") from None
     pieces = tokenizer.pieces(response, mark)
     if pieces.count(tokenizer.stop_id) != 1:
         raise BadRow(f"message {message.index}: the chat template closes the turn more than once")
