@@ -13,11 +13,13 @@ from qwen_dist.config import Run
 if TYPE_CHECKING:
     import numpy as np
 
+    from qwen_dist.data.mixture_counts import Unit
     from qwen_dist.data.shard import StepPlan
 
 NUM_BINS = 24  # of a length histogram
 NUM_PLACES = 20  # named for duplicates and held-out rows; the rest is counted
 DEFAULT_WORLD_SIZE = 8  # ranks that the balance is told for, where the run does not say how many
+UNITS: tuple[Unit, ...] = ("rows", "tokens", "trained_tokens")
 BALANCE_STEPS = 24  # steps over which it is measured, spread over the first epoch
 
 
@@ -184,35 +186,21 @@ def _balance(run: Run, plan: StepPlan) -> dict[str, Any] | None:
 
 def _mixture(dataset: Dataset, plan: StepPlan) -> list[dict[str, Any]] | None:
     """What each source is of the first epoch, in three units; None: there is one source, each row once."""
-    import numpy as np
+    from qwen_dist.data.mixture_counts import count_mixture
 
-    sources, split = dataset.run.data.train, dataset.train
+    sources, share_unit = dataset.run.data.train, dataset.run.data.share_unit
     if len(sources) == 1 and not sources[0].model_fields_set & {"share", "repeat", "limit"}:
         return None
-    samples = plan.samples_of_epoch(0)
-    source_N = np.asarray(split.arrays["source"])[samples]
-    is_first_S = np.zeros(split.prepared.num_samples)
-    is_first_S[split.arrays["rows"][:-1]] = 1
-    amounts = {
-        "rows": is_first_S[samples],
-        "tokens": split.prepared.lengths_S[samples],
-        "trained_tokens": np.asarray(split.prepared.supervised_S)[samples],
-    }
-    sums = {unit: np.bincount(source_N, weights, minlength=len(sources)) for unit, weights in amounts.items()}
+    used = count_mixture(plan.mixture, plan.table)
+    shares = {unit: used.shares(unit) for unit in UNITS}
     return [
         {
             "path": source.path,
             "asked_share": source.share,
-            "asked_unit": dataset.run.data.share_unit if source.share is not None else None,
-            **{unit: int(of_source[number]) for unit, of_source in sums.items()},
-            **{f"share_of_{unit}": round(float(one[number] / one.sum()), 4) for unit, one in sums.items()},
-            "repeats": _repeats(split, sums["rows"][number], number),
+            "asked_unit": share_unit if source.share is not None else None,
+            **{unit: getattr(counted, unit) for unit in UNITS},
+            **{f"share_of_{unit}": round(shares[unit][number], 4) for unit in UNITS},
+            "repeats": round(counted.rows / counted.rows_in_use, 3) if counted.rows_in_use else 0.0,
         }
-        for number, source in enumerate(sources)
+        for number, (source, counted) in enumerate(zip(sources, used.sources, strict=True))
     ]
-
-
-def _repeats(split: SplitData, rows: float, source: int) -> float:
-    """How often an epoch passes over a source's rows."""
-    kept = split.prepared.counts["sources"][source]["rows_trained"]
-    return round(float(rows) / kept, 3) if kept else 0.0
