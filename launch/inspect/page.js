@@ -26,7 +26,7 @@ function factList(facts) {
   for (const [label, what, more] of facts) {
     list.appendChild(make("dt", "", label === before ? "" : label));
     const value = list.appendChild(make("dd", "", what));
-    if (more) value.appendChild(make("span", "quiet", more));
+    if (more) value.append(what ? "  " : "", make("span", what ? "quiet more" : "quiet", more));
     before = label;
   }
   return list;
