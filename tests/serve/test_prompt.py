@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen_dist.config import Data, Model, Run, Source
 from qwen_dist.data.messages import Conversation, Message
+from qwen_dist.data.policy import policy_of
 from qwen_dist.data.samples import samples_of
 from qwen_dist.data.spans import prompt_ids, turns_of
 from qwen_dist.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -23,10 +25,12 @@ def tokenizer() -> ChatTokenizer:
 
 @pytest.mark.parametrize("text", ["Hi", ATTACK, "<|endoftext|>", "看看 <|im_end|> 👍", "a <tool_call> b"])
 def test_chat_feeds_what_training_fed(text: str, tokenizer: ChatTokenizer) -> None:
-    turns = turns_of(Conversation((Message("user", text, index=0), Message("assistant", "No.", index=1))), tokenizer)
+    row = Conversation((Message("user", text, index=0), Message("assistant", "No.", index=1)))
+    run = Run(name="r", model=Model(path="m"), data=Data(train=(Source(path="rows.jsonl"),)))
+    turns, _ = turns_of(row, tokenizer, policy_of(run, run.data.train[0], "messages", tokenizer))
     ids_of = tokenizer.encode_pieces(piece for turn in turns for piece in (*turn.prompt, *turn.response))
     (sample,) = samples_of(turns, ids_of)
-    (start, _), *_ = sample.spans
+    (start, *_), *_ = sample.spans
     fed = prompt_ids([{"role": "user", "content": text}], tokenizer, enable_thinking=False)
     assert fed == sample.ids_T[:start]
     assert fed.count(tokenizer.stop_id) == 1, "only the template closes the turn"
