@@ -5,6 +5,7 @@ The runtime's data part is imported inside the functions; none of it imports tor
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from qwen_dist.run_dir import cache_dir
 if TYPE_CHECKING:
     from qwen_dist.data.prepared import Prepared
 
+ESTIMATE_S = 0.5  # seconds until an estimate stops to look at rows; loading Qwen3's tokenizer takes 0.4 of them
 # A fingerprint reads every byte of files that are new, about 1 GB/s; beyond this even what is prepared is estimated.
 MAX_FINGERPRINT_BYTES = 200_000_000
 # Windows of an epoch whose packs are counted by `plan`; of more, the others are taken to be like these.
@@ -82,6 +84,7 @@ def quick_counts(run: Run) -> DataCounts:
     from qwen_dist.data.inputs import read_inputs
     from qwen_dist.data.prepare import data_fingerprint, is_prepared, open_prepared
 
+    deadline = time.monotonic() + ESTIMATE_S
     inputs = read_inputs(run, "train")
     can_ask = cache_dir(run).is_dir() and inputs.num_unread_bytes <= MAX_FINGERPRINT_BYTES
     if can_ask and is_prepared(run, inputs.fingerprint):
@@ -89,4 +92,4 @@ def quick_counts(run: Run) -> DataCounts:
         if run.data.eval and is_prepared(run, held_out_name := data_fingerprint(run, "eval")):
             held_out = open_prepared(run, held_out_name)
         return exact_counts(run, open_prepared(run, inputs.fingerprint), held_out)
-    return estimated_counts(run)
+    return estimated_counts(run, inputs, deadline)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from qwen_dist.data.table import Table
     from qwen_dist.data.tokenizer import ChatTokenizer
 
-ESTIMATE_S = 0.5  # seconds for an estimate; loading Qwen3's tokenizer takes 0.4 of them
 MIN_PARTS = 4
 ESTIMATE_PART_BYTES = 32 << 10
 # Files of other kinds than JSONL up to this size are read whole; of larger ones the first rows.
@@ -51,16 +50,15 @@ class _Sample:
     scale: float = 1.0
 
 
-def estimated_counts(run: Run, budget_s: float = ESTIMATE_S) -> DataCounts:
-    """Load the tokenizer and tokenize parts spread evenly over the files within `budget_s`, then scale up.
+def estimated_counts(run: Run, inputs: Inputs, deadline: float) -> DataCounts:
+    """Tokenize parts spread evenly over the files until `deadline`, a few at least, then scale up.
+
+    Args:
+        deadline: of `time.monotonic()`.
 
     Raises:
         UserError: rows that cannot be trained on were met.
     """
-    from qwen_dist.data.inputs import read_inputs
-
-    deadline = time.monotonic() + budget_s
-    inputs = read_inputs(run, "train")
     with tempfile.TemporaryDirectory(prefix="qwen-dist-plan-") as folder:
         in_place, heads = _parts(inputs, Path(folder))
         samples = [_encoded(part, inputs.tokenizer, Path(folder), scale) for part, scale in heads]

@@ -13,6 +13,7 @@ from launch.planner import DataCounts, make_plan
 from launch.run_file import load_run
 from launch.show import plan_text
 from qwen_dist.config import Batch, Cluster, Data, Length, Model, Run, Source
+from qwen_dist.data.inputs import read_inputs
 from qwen_dist.data.prepare import prepare
 from tests.launch.conftest import ROWS, write_run
 
@@ -108,7 +109,7 @@ def test_an_estimate_is_near_and_marked(project, cli):
     rows = [ROWS[n * 7 % 40] for n in range(6000)]
     (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = load_run(project / "run.yaml", environ={}).run
-    estimate = estimated_counts(run, budget_s=0.0)
+    estimate = estimated_counts(run, read_inputs(run, "train"), deadline=0.0)
     assert not estimate.is_exact
     exact = prepare(run, "train").counts
     assert estimate.rows == pytest.approx(len(rows), rel=0.05)
