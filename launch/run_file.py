@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from launch.raw_values import RawValues
 from launch.run_paths import resolve_paths
 from launch.run_problems import all_keys, misread_booleans, problems_of, section_at
 from launch.yaml_nodes import KeyPath, dotted, read_nodes, read_scalar
@@ -41,24 +42,6 @@ class Loaded:
     sources: dict[str, str]
     warnings: list[str]
     path: Path
-
-
-@dataclass
-class RawValues:
-    """Raw values and the place of each, filled source by source."""
-
-    file: str
-    raw: dict[str, Any] = field(default_factory=dict)
-    places: dict[KeyPath, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def place(self, path: KeyPath) -> str:
-        """The place of `path`, or of the nearest section around it."""
-        nearest = next((path[:end] for end in range(len(path), -1, -1) if path[:end] in self.places), ())
-        return self.places.get(nearest, f"{self.file}:1")
-
-    def complain(self, path: KeyPath, sentence: str) -> None:
-        self.problems.append(f"{self.place(path)}: {dotted(path)}: {sentence}")
 
 
 def load_run(

@@ -9,14 +9,12 @@ import glob
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from launch.raw_values import RawValues
 from launch.yaml_nodes import KeyPath
 from qwen_dist.errors import did_you_mean
 from qwen_dist.shapes import HUB_ID, is_hub_id
-
-if TYPE_CHECKING:
-    from launch.run_file import RawValues
 
 
 def resolve_paths(values: RawValues, folder: Path) -> None:

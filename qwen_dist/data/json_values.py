@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from typing import Any
 
-from qwen_dist.data.rows import BadRow, kind_of
+from qwen_dist.data.rows import BadRow, kind_of, no_constant, unique_object
 
 # Tools and arguments pass through functions that call themselves for each level; Python allows 1,000 in all.
 MAX_DEPTH = 100
@@ -26,14 +25,14 @@ def from_json(text: str, what: str) -> Any:
         BadRow: it is not JSON, gives a key twice, or holds what no text can.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=unique_object, parse_constant=no_constant)
         if SURROGATE_ESCAPE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise BadRow(f"{what} not text: it holds a lone surrogate (half of a \\ud8xx\\udcxx pair)") from None
     except RecursionError:
         raise BadRow(f"{what} nested too deeply") from None
-    except ValueError as error:
+    except (ValueError, BadRow) as error:
         raise BadRow(f"{what} not JSON ({error})") from None
     return value
 
@@ -86,15 +85,3 @@ def brief(value: Any) -> str:
         return kind_of(value)
     text = repr(value[: MAX_SHOWN_CHARS + 1] if isinstance(value, str) else value)
     return text if len(text) <= MAX_SHOWN_CHARS + 2 else f"{text[:MAX_SHOWN_CHARS]}..."
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {brief(twice)} is given twice in one object")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")

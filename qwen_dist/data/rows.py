@@ -111,7 +111,8 @@ def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A hook of json's decoder: an object, refused where a key is given twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -119,10 +120,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(name: str) -> None:
-    raise BadRow(f"not JSON ({name} is no JSON value)")
+def no_constant(name: str) -> None:
+    """A hook of json's decoder: NaN and Infinity are no JSON."""
+    raise BadRow(f"{name} is no JSON value")
 
 
 # Made once: json.loads makes a new decoder for each row that it is given a hook for, which is half of its time.
-_decode = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant).decode
+_decode = json.JSONDecoder(object_pairs_hook=unique_object, parse_constant=no_constant).decode
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), check_circular=False).encode
