@@ -142,10 +142,11 @@ def test_an_example_says_what_happens(example: Example, folder: Path, request: p
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_a_page_is_of_a_known_kind(page: Path) -> None:
     """Else it would be shown and never compared."""
-    tested = {block for example in examples_of(page) for block in (*example.setup, *example.blocks)}
+    run_with = {block for example in examples_of(page) for block in example.blocks}
     for block in blocks_of(page):
-        assert block in tested or block.kind == "sh", f"{page.name}:{block.line} stands before any run file"
-        assert block.file or block.kind in KINDS, f"{page.name}:{block.line}: no kind {block.kind!r}"
+        where = f"{page.name}:{block.line}"
+        assert block.file or block.kind in KINDS, f"{where}: no kind {block.kind!r}"
+        assert block.file or block.kind in ("python", "sh") or block in run_with, f"{where} stands before any run file"
         if block.kind == "sh":
             _check_commands(block)
 
@@ -256,11 +257,10 @@ def _printed(command: str) -> str:
 def _check_commands(block: Block) -> None:
     for line in block.text.splitlines():
         words = shlex.split(line, comments=True)
-        if "qwen-dist" in words:
-            verb, *arguments = words[words.index("qwen-dist") + 1 :]
-            command = group.get_command(None, verb)  # type: ignore[arg-type]
-            assert command is not None, line
-            command.make_context(verb, arguments)
+        verb, *arguments = words[words.index("qwen-dist") + 1 :]
+        command = group.get_command(None, verb)  # type: ignore[arg-type]
+        assert command is not None, line
+        command.make_context(verb, arguments)
 
 
 def _compare(example: Example, block: Block, actual: str) -> None:
