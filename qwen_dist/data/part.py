@@ -65,6 +65,7 @@ class _Kept:
     """A sample that will be trained on, and its row."""
 
     sample: Sample
+    ids_T: np.ndarray
     row: _Row
     row_hash: int
 
@@ -184,15 +185,18 @@ def _kept(
         if not too_long:
             result.drop(reason, row.place)
         result.rows_dropped[reason] += 1
-    hash_of_samples = _hash(samples)
-    yield from (_Kept(sample, row, hash_of_samples) for sample in samples)
+    ids = [np.array(sample.ids_T, dtype=np.int32) for sample in samples]
+    hash_of_samples = _hash(samples, ids)
+    for sample, ids_T in zip(samples, ids, strict=True):
+        sample.ids_T = []  # an array takes a half of a list's memory, and there are many until the part is written
+        yield _Kept(sample, ids_T, row, hash_of_samples)
 
 
-def _hash(samples: list[Sample]) -> int:
+def _hash(samples: list[Sample], ids: list[np.ndarray]) -> int:
     """64 bits of the tokens and masks that a row became: equal for rows that train the same."""
     digest = hashlib.blake2b(digest_size=8)
-    for sample in samples:
-        digest.update(np.array(sample.ids_T, dtype=np.int32).tobytes())
+    for sample, ids_T in zip(samples, ids, strict=True):
+        digest.update(ids_T.data)
         digest.update(repr(sample.spans).encode())
     return int.from_bytes(digest.digest(), "little")
 
@@ -201,8 +205,8 @@ def _write(out: Path, kept: list[_Kept], result: PartResult) -> None:
     samples = [one.sample for one in kept]
     spans = [span for sample in samples for span in sample.spans]
     arrays = {
-        "ids": np.concatenate([np.zeros(0, np.int32), *(np.array(sample.ids_T, np.int32) for sample in samples)]),
-        "lengths": np.array([len(sample.ids_T) for sample in samples], dtype=np.int64),
+        "ids": np.concatenate([np.zeros(0, np.int32), *(one.ids_T for one in kept)]),
+        "lengths": np.array([len(one.ids_T) for one in kept], dtype=np.int64),
         "supervised": np.array([sample.num_supervised for sample in samples], dtype=np.int32),
         "weight": np.array([sample.weight for sample in samples], dtype=np.float64),
         "spans": np.array([span[:2] for span in spans], dtype=np.int32).reshape(-1, 2),

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_dist.data.chunks import Beginnings
 from qwen_dist.data.messages import Conversation, Message, RawText
 from qwen_dist.data.policy import Policy
 from qwen_dist.data.rows import BadRow
@@ -61,7 +62,8 @@ def _of_messages(conversation: Conversation, tokenizer: ChatTokenizer, policy: P
     mark, num_special = _mark_for(_texts(messages, tools), tokenizer, policy.special_tokens)
     if mark:
         messages, tools = tokenizer.mark_special(messages, mark), tools and tokenizer.mark_special(tools, mark)
-    return [_turn(conversation, at, messages, tools, mark, tokenizer, policy) for at in trained], num_special
+    texts = tokenizer.beginnings(messages, tools)
+    return [_turn(conversation, at, messages[at], texts, mark, tokenizer, policy) for at in trained], num_special
 
 
 def trained_messages(conversation: Conversation, policy: Policy) -> list[int]:
@@ -81,8 +83,8 @@ def trained_messages(conversation: Conversation, policy: Policy) -> list[int]:
 def _turn(
     conversation: Conversation,
     at: int,
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None,
+    rendered: dict[str, Any],
+    texts: Beginnings,
     mark: str,
     tokenizer: ChatTokenizer,
     policy: Policy,
@@ -91,9 +93,9 @@ def _turn(
     try:
         serving = serving_of(message, conversation.messages[:at], tokenizer, policy)
         thinking = serving.enable_thinking
-        prompt = tokenizer.render(messages[:at], tools=tools, add_generation_prompt=True, enable_thinking=thinking)
-        full = tokenizer.render(messages[: at + 1], tools=tools, enable_thinking=thinking)
-        response = _response(prompt, full, messages[at])
+        prompt = texts.render(at, add_generation_prompt=True, enable_thinking=thinking)
+        full = texts.render(at + 1, enable_thinking=thinking)
+        response = _response(prompt, full, rendered)
         if serving.without_block:
             response = _without_block(response, tokenizer)
     except BadRow as error:
