@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from launch.planner import Plan, SourceShare
+from qwen_dist.errors import counted
 
 
 def plan_text(plan: Plan) -> str:
@@ -16,9 +17,9 @@ def plan_text(plan: Plan) -> str:
 
     def count(value: int, name: str = "") -> str:
         """A figure, with the name of what it counts in the singular."""
-        unit = f" {name}{'' if value == 1 else 's'}" if name else ""
-        return f"{'' if data.is_exact else '≈'}{value:,}{unit}"
+        return ("" if data.is_exact else "≈") + (counted(value, name) if name else f"{value:,}")
 
+    packs = counted(batch.packs_per_step, "pack")
     trained = data.supervised_tokens / data.tokens if data.tokens else 0.0
     return aligned(
         [
@@ -26,14 +27,14 @@ def plan_text(plan: Plan) -> str:
             ("model", short_path(plan.model)),
             ("method", f"{plan.method}, {plan.precision}, ZeRO-{plan.zero_stage}"),
             ("processes", f"{places} on {plan.device}"),
-            ("step", f"{batch.packs_per_step} packs × {plan.max_tokens:,} tokens, accumulation {batch.accumulation}"),
+            ("step", f"{packs} × {plan.max_tokens:,} tokens, accumulation {batch.accumulation}"),
             ("", f"{count(plan.tokens_per_step)} tokens on average"),
-            ("data", f"{count(data.rows)} rows, {count(data.samples)} samples"),
+            ("data", f"{count(data.rows, 'row')}, {count(data.samples, 'sample')}"),
             *_mixture(data.shares),
             *(("dropped", f"{count(number)}: {reason}") for reason, number in sorted(data.dropped.items())),
             ("epoch", f"{count(data.packs_per_epoch[0], 'pack')}, {count(plan.steps_per_epoch, 'step')}"),
             ("", f"{count(data.tokens)} tokens, {count(data.supervised_tokens)} trained ({trained:.0%})"),
-            ("length", f"{count(plan.total_steps, 'step')}, {epochs} {'epoch' if epochs == 1 else 'epochs'}"),
+            ("length", f"{count(plan.total_steps, 'step')}, {counted(epochs, 'epoch')}"),
             ("", f"{count(plan.total_tokens)} tokens, {count(plan.total_supervised_tokens)} trained"),
         ]
     )

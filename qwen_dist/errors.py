@@ -31,6 +31,11 @@ class RunFailed(UserError):
     exit_code = EXIT_RUN_FAILED
 
 
+def counted(number: int, name: str) -> str:
+    """A number with what it counts: "1 row", "1,234 rows"."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """`"; did you mean X?"` for the nearest known word, or an empty string when none is near."""
     import difflib

@@ -67,12 +67,13 @@ def _prepare(run: Run, split: Literal["train", "eval"], workers: int | None) -> 
 
 def _lines(split: str, told: dict[str, Any]) -> list[tuple[str, str]]:
     from launch.show import short_path
+    from qwen_dist.errors import counted
 
     rate = f"{told['rows'] / max(told['seconds'], 1e-3):,.0f} rows/s"
     how = "was tokenized before" if told["was_there"] else f"{told['seconds']:.1f} s, {rate}"
     return [
-        (split, f"{told['rows']:,} rows, {told['samples']:,} samples, {how}"),
-        ("", f"{told['tokens']:,} tokens, {told['supervised_tokens']:,} trained"),
+        (split, f"{counted(told['rows'], 'row')}, {counted(told['samples'], 'sample')}, {how}"),
+        ("", f"{counted(told['tokens'], 'token')}, {told['supervised_tokens']:,} trained"),
         *(("dropped", f"{number:,}: {reason}") for reason, number in sorted(told["dropped"].items())),
         ("in", short_path(told["folder"])),
     ]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from launch.inspect.dataset import Dataset, Place, SplitData
 from launch.inspect.numbers import first_places, rows_held_out
 from launch.inspect.tokens import visible
+from qwen_dist.errors import counted
 
 if TYPE_CHECKING:
     from qwen_dist.data.messages import Conversation
@@ -92,7 +93,8 @@ def show_findings(report: Report) -> None:
     for rule, number in sorted(report.not_shown.items()):
         print(f"and {number:,} more: {rule}")
     if not report.findings:
-        print(f"ok: {report.rows:,} rows, {report.proved:,} samples rendered again as serving does, nothing found")
+        proved = f"{counted(report.proved, 'sample')} rendered again as serving does"
+        print(f"ok: {counted(report.rows, 'row')}, {proved}, nothing found")
         return
     number = len(report.findings) + sum(report.not_shown.values())
     what = "finding" if number == 1 else "findings"

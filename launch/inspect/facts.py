@@ -10,6 +10,7 @@ from typing import Any
 from launch.inspect.tokens import visible
 from launch.show import short_path
 from qwen_dist.config import Run
+from qwen_dist.errors import counted
 
 BARS = "▁▂▃▄▅▆▇█"
 NAME_CHARS = 32
@@ -83,10 +84,10 @@ def _shape(source: dict[str, Any]) -> Iterator[Fact]:
         yield "turns", f"{turns['min']:,} to {turns['max']:,} a row", f"{turns['mean']:.1f} on average"
     if source["samples"] > source["rows_trained"] and not source["rows_split"]:
         more = "each turn as it is served: the template writes earlier turns otherwise"
-        yield "expanded", f"{source['rows_trained']:,} rows make {source['samples']:,} samples", more
+        yield "expanded", f"{counted(source['rows_trained'], 'row')} → {counted(source['samples'], 'sample')}", more
     for key, label in (("rows_trimmed", "trimmed"), ("rows_split", "split")):
         if source[key]:
-            yield label, _rows(source[key]), "longer than data.max_tokens"
+            yield label, counted(source[key], "row"), "longer than data.max_tokens"
 
 
 def _left_out(source: dict[str, Any]) -> Iterator[Fact]:
@@ -96,12 +97,12 @@ def _left_out(source: dict[str, Any]) -> Iterator[Fact]:
     for place in source["malformed"][:NUM_PLACES_SHOWN]:
         yield "malformed", visible(place), ""
     if number := source["special_tokens"]:
-        what = f"control tokens named {_number(number, 'time')} in content"
-        yield "special", what, f"in {_rows(source['rows_with_special_tokens'])}"
+        what = f"control tokens named {counted(number, 'time')} in content"
+        yield "special", what, f"in {counted(source['rows_with_special_tokens'], 'row')}"
     if number := source["duplicate_rows"]:
-        yield "duplicates", f"{_rows(number)} that repeat earlier ones", places_shown(source["duplicate_at"], number)
+        yield "duplicates", counted(number, "row"), places_shown(source["duplicate_at"], number)
     if number := source["held_out_rows"]:
-        yield "held out", f"{_rows(number)} of data.eval", places_shown(source["held_out_at"], number)
+        yield "held out", f"{counted(number, 'row')} of data.eval", places_shown(source["held_out_at"], number)
 
 
 def _thinking(source: dict[str, Any]) -> Iterator[Fact]:
@@ -112,7 +113,7 @@ def _thinking(source: dict[str, Any]) -> Iterator[Fact]:
     served = (
         f"{percent(share)} of the samples are served with thinking" if share else "no sample is served with thinking"
     )
-    yield "thinking", served, f"{_number(reasoning, 'turn')} with reasoning" if reasoning else ""
+    yield "thinking", served, f"{counted(reasoning, 'turn')} with reasoning" if reasoning else ""
 
 
 def _systems(source: dict[str, Any]) -> Iterator[Fact]:
@@ -122,26 +123,25 @@ def _systems(source: dict[str, Any]) -> Iterator[Fact]:
     for text, number in seen:
         one_line = visible(" ".join(text.split()))
         short = one_line if len(one_line) <= SYSTEM_CHARS else one_line[: SYSTEM_CHARS - 1] + "…"
-        yield "system", short or "(empty)", _rows(number)
+        yield "system", short or "(empty)", counted(number, "row")
     if others := source["num_systems"] - len(seen):
         kept = source["rows"] - source["rows_dropped"].get("malformed", 0)
         number = kept - source["rows_without_system"] - sum(number for _, number in seen)
-        yield "system", f"{others:,} others", _rows(number)
+        yield "system", counted(others, "other"), counted(number, "row")
     if source["rows_without_system"]:
-        yield "system", "none", _rows(source["rows_without_system"])
+        yield "system", "none", counted(source["rows_without_system"], "row")
 
 
 def packing_facts(packing: dict[str, Any], run: Run) -> Iterator[Fact]:
     """(label, what, more) of packs, steps and balance."""
     yield "packs", f"{packing['packs']:,} of {packing['max_tokens']:,} tokens", f"{percent(packing['fill'])} full"
-    epochs = f"{packing['epochs']:,} epoch" + ("" if packing["epochs"] == 1 else "s")
-    an_epoch = f"{packing['steps_per_epoch']:,} an epoch of {packing['packs_per_step']:,} packs each"
-    yield "steps", an_epoch, f"{packing['steps']:,} in {epochs}"
+    an_epoch = f"{packing['steps_per_epoch']:,} an epoch, {counted(packing['packs_per_step'], 'pack')} each"
+    yield "steps", an_epoch, f"{packing['steps']:,} in {counted(packing['epochs'], 'epoch')}"
     if balance := packing["balance"]:
         what = f"slowest of {balance['world_size']:,} ranks {balance['slowest_over_mean']:.3f} × the mean"
         yield "balance", what, f"ZeRO-{run.zero_stage}"
     if packing["samples_not_used"]:
-        yield "not used", f"{packing['samples_not_used']:,} samples", "left to later epochs, or out by the settings"
+        yield "not used", counted(packing["samples_not_used"], "sample"), "left to later epochs, or out by the settings"
 
 
 def places_shown(places: list[str], number: int) -> str:
@@ -166,11 +166,3 @@ def percent(share: float) -> str:
     if share in (0, 1):
         return f"{share:.0%}"
     return "<0.1%" if share < 0.001 else f"{min(share, 0.999):.1%}"
-
-
-def _rows(number: int) -> str:
-    return _number(number, "row")
-
-
-def _number(number: int, what: str) -> str:
-    return f"{number:,} {what}" + ("" if number == 1 else "s")

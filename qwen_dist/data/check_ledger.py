@@ -10,7 +10,7 @@ from qwen_dist.config import Run
 from qwen_dist.data.ledger import LedgerReport, check_ledger
 from qwen_dist.data.prepared import open_prepared
 from qwen_dist.data.shard import plan_run
-from qwen_dist.errors import EXIT_DONE, EXIT_RUN_FAILED, UserError
+from qwen_dist.errors import EXIT_DONE, EXIT_RUN_FAILED, UserError, counted
 from qwen_dist.run_dir import RunDir
 
 
@@ -42,11 +42,13 @@ def main(arguments: list[str]) -> int:
     for problem in report.problems:
         print(problem)
     ranks = " then ".join(map(str, report.world_sizes)) or "0"
-    print(f"{report.num_steps:,} steps and {report.num_epochs:,} whole epochs on {ranks} ranks: ", end="")
+    plural = "" if ranks == "1" else "s"
+    done = f"{counted(report.num_steps, 'step')} and {counted(report.num_epochs, 'whole epoch')}"
+    print(f"{done} on {ranks} rank{plural}: ", end="")
     if report.problems:
         print("not as planned, see above.")
         return EXIT_RUN_FAILED
-    print(f"all {report.num_samples:,} samples were trained in their step, each as often as planned.")
+    print(f"{counted(report.num_samples, 'sample')} trained, each in its step and as often as planned.")
     return EXIT_DONE
 
 

@@ -11,7 +11,7 @@ from qwen_dist.data.files import DataFile
 from qwen_dist.data.formats import check_columns
 from qwen_dist.data.part_result import NO_ASSISTANT_TURN, NUM_PLACES, TOO_LONG, PartResult
 from qwen_dist.data.rows import place, shown
-from qwen_dist.errors import UserError
+from qwen_dist.errors import UserError, counted
 
 # Key in the counts -> attribute of the results that it sums.
 SUMS = {
@@ -117,7 +117,14 @@ def check_results(
     for at, source in enumerate(sources):
         present = set().union(*(result.columns_seen for result in results if result.source == at))
         check_columns(source.path, source.columns, present, present)
-    _check_rows(files, units, results, split)
+    if num_bad := sum(result.num_bad for result in results):
+        rows = counted(num_bad, "malformed row")
+        what = f"{rows} in data.{split}; correct or remove them, or set data.on_bad_row to skip"
+        _refuse(what, "bad", files, units, results)
+    if num_over := sum(result.num_over for result in results):
+        rows = counted(num_over, "row")
+        what = f"{rows} over data.max_tokens={max_tokens} in data.{split}; raise it, or set data.too_long to drop"
+        _refuse(what, "over", files, units, results)
     for number, file in enumerate(files):
         if not any(result.num_rows for result in results if result.file == number):
             raise UserError(f"{shown(file.path)} holds no rows; remove it from data.{split}, or fill it.")
@@ -140,23 +147,20 @@ def check_results(
     raise UserError(f"nothing to train on is left of {names} ({told}); look at its rows, or at data.loss.")
 
 
-def _check_rows(files: Sequence[DataFile], units: Sequence[str], results: Sequence[PartResult], split: str) -> None:
-    num_bad = sum(result.num_bad for result in results)
-    if not num_bad:
-        return
+def _refuse(
+    what: str, found: str, files: Sequence[DataFile], units: Sequence[str], results: Sequence[PartResult]
+) -> None:
+    """Refuse rows that `found` names in the results: the first few in full, the others counted.
+
+    Args:
+        what: the sentence before them.
+        found: bad or over.
+    """
+    number = sum(getattr(result, f"num_{found}") for result in results)
     told = [
-        f"  {place(files[result.file].path, units[result.file], first + number)}: {reason}"
+        f"  {place(files[result.file].path, units[result.file], first + at)}: {reason}"
         for result, first in _with_first_places(results)
-        for number, reason in result.bad
+        for at, reason in getattr(result, found)
     ]
-    more = [f"  and {num_bad - NUM_PLACES} more"] if num_bad > NUM_PLACES else []
-    rows = "1 malformed row" if num_bad == 1 else f"{num_bad} malformed rows"
-    raise UserError(
-        "\n".join(
-            [
-                f"{rows} in data.{split}; correct or remove them, or set data.on_bad_row to skip, nothing was written:",
-                *told[:NUM_PLACES],
-                *more,
-            ]
-        )
-    )
+    more = [f"  and {number - NUM_PLACES} more"] if number > NUM_PLACES else []
+    raise UserError("\n".join([f"{what}, nothing was written:", *told[:NUM_PLACES], *more]))

@@ -81,10 +81,17 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class RawText:
-    """A row without a chat template: stretches of text, and whether an end-of-text token is trained after the last."""
+    """A row without a chat template.
+
+    Args:
+        segments: its text, stretch by stretch.
+        end_of_text: an end-of-text token is trained after the last.
+        has_weights: the row itself says what of it is trained, or how much.
+    """
 
     segments: tuple[Segment, ...]
     end_of_text: bool = False
+    has_weights: bool = False
 
 
 def read_message(raw: Any, index: int) -> Message:

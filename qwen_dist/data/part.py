@@ -91,7 +91,7 @@ def encode_part(part: Part, tokenizer: ChatTokenizer, out: Path) -> PartResult:
         if len(batch) == BATCH_ROWS:
             flush()
     flush()
-    if not result.num_bad:
+    if not result.num_bad and not result.num_over:
         _write(out, kept, result)
     return result
 
@@ -163,8 +163,7 @@ def _kept(
     longest = max((len(sample.ids_T) for sample in samples), default=0)
     too_long: list[int] = []
     if longest > policy.max_tokens and policy.too_long == "error":
-        reason = f"a sample of {longest} tokens, and data.max_tokens is {policy.max_tokens}"
-        result.refuse(row.place, reason, skip=False)
+        result.refuse_long(row.place, longest)
         return
     if longest > policy.max_tokens and policy.too_long == "trim_history" and isinstance(row.form, Conversation):
         samples, too_long = trimmed(row.form, tokenizer, policy)

@@ -24,8 +24,9 @@ class PartResult:
     """What came of a part; places (lines or rows) count from 1 and rows from 0 at the part's start.
 
     `dropped` counts rows without anything to train, malformed rows and samples that are too long; `rows_dropped` the
-    rows of which nothing is left: each row is in num_rows_trained, in rows_dropped, or in num_bad. `bad` and `skipped`
-    have the first few malformed rows with their reasons: those that are an error, and those that are left out.
+    rows of which nothing is left: each row is in num_rows_trained, in rows_dropped, in num_bad or in num_over. `bad`
+    and `skipped` have the first few malformed rows with their reasons: those that are an error, and those that are
+    left out; `over` the first few that are too long, where that is an error.
     """
 
     source: int
@@ -50,6 +51,8 @@ class PartResult:
     dropped: Counter[str] = field(default_factory=Counter)
     rows_dropped: Counter[str] = field(default_factory=Counter)
     dropped_at: dict[str, list[int]] = field(default_factory=dict)
+    num_over: int = 0
+    over: list[tuple[int, str]] = field(default_factory=list)
     num_bad: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)
@@ -73,6 +76,12 @@ class PartResult:
         if len(kept) < NUM_PLACES:
             kept.append((place, reason))
 
+    def refuse_long(self, place: int, num_tokens: int) -> None:
+        """A row that is too long, where that is an error."""
+        self.num_over += 1
+        if len(self.over) < NUM_PLACES:
+            self.over.append((place, f"{num_tokens:,} tokens"))
+
     def see_system(self, text: str | None) -> None:
         """Count the system message that the model will have seen in a row; None: there is none."""
         if text is None:
@@ -89,5 +98,5 @@ class PartResult:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> PartResult:
         counters = {name: Counter(values[name]) for name in COUNTERS}
-        pairs = {name: [(place, reason) for place, reason in values[name]] for name in ("bad", "skipped")}
+        pairs = {name: [(place, reason) for place, reason in values[name]] for name in ("bad", "over", "skipped")}
         return cls(**{**values, **counters, **pairs, "columns_seen": set(values["columns_seen"])})

@@ -20,12 +20,11 @@ from qwen_dist import run_dir
 from qwen_dist.config import Run
 from qwen_dist.data.claims import claimed
 from qwen_dist.data.counts import check_results, count
-from qwen_dist.data.files import is_readable_in_place, parts_of, stamp
+from qwen_dist.data.files import is_readable_in_place, parts_of
 from qwen_dist.data.inputs import Inputs, Split, read_inputs
 from qwen_dist.data.part import Part
 from qwen_dist.data.part_result import PartResult
-from qwen_dist.data.prepared import Prepared, open_prepared, write_arrays
-from qwen_dist.data.rows import shown
+from qwen_dist.data.prepared import Prepared, is_whole, open_prepared, write_arrays
 from qwen_dist.data.workers import Task, Workers
 from qwen_dist.errors import EnvironmentNotReady, UserError
 
@@ -60,7 +59,7 @@ def data_fingerprint(run: Run, split: Split) -> str:
 
 def is_prepared(run: Run, fingerprint: str) -> bool:
     """Whether the tokenized data with this fingerprint is there, whole."""
-    return (run_dir.prepared_dir(run, fingerprint) / "meta.json").is_file()
+    return is_whole(run_dir.prepared_dir(run, fingerprint))
 
 
 def prepare(
@@ -129,19 +128,21 @@ class _Work:
             UserError: rows that cannot be trained on; the work is removed.
         """
         _remove_stale(self.target.parent)
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if is_whole(self.target):  # since we looked another starter has joined it, and removed the work before us
+            self._remove()
+            return
         try:
             with Workers(self.workers, self.inputs.tokenizer) as pool:
                 units = self._convert(pool)
                 parts = self._parts()
                 results = self._encode(pool, parts)
-            self._check_unchanged()
             check_results(self.inputs.sources, self.inputs.files, units, results, self.max_tokens, self.inputs.split)
             self._join(units, parts, results)
         except FileNotFoundError as error:
-            if self.folder.is_dir():
+            if not str(error.filename).startswith(str(self.target)):
                 raise UserError(f"{error.filename} has vanished while it was read; bring it back.") from None
-            # else another starter has joined the parts, or refused them: look again
+            self._remove()  # another starter has joined the parts, or refused them: look again
         except UserError:
             self._remove()
             raise
@@ -149,7 +150,7 @@ class _Work:
     def _convert(self, pool: Workers) -> list[str]:
         """Turn files that cannot be read in place into JSONL; what each file's places are: lines or rows."""
         tasks = [
-            Task("convert", self.folder / f"file_{number:06d}", file)
+            Task("convert", self.folder / f"file_{number:06d}", file, self.inputs.stamps[number])
             for number, file in enumerate(self.inputs.files)
             if not is_readable_in_place(file)
         ]
@@ -165,7 +166,11 @@ class _Work:
         return parts
 
     def _encode(self, pool: Workers, parts: list[Part]) -> list[PartResult]:
-        tasks = [Task("encode", self._part_path(part), part) for part in parts]
+        stamps = self.inputs.stamps
+        tasks = [
+            Task("encode", self._part_path(part), part, None if part.jsonl else stamps[part.file_number])
+            for part in parts
+        ]
         num_bytes_all = sum(part.end - part.start for part in parts)
         done = Done(0, num_bytes_all, 0)
 
@@ -196,35 +201,37 @@ class _Work:
                 time.sleep(POLL_S)
         return finished
 
-    def _check_unchanged(self) -> None:
-        for file, before in zip(self.inputs.files, self.inputs.stamps, strict=True):
-            if stamp(file) != before:
-                raise UserError(f"{shown(file.path)} changed while it was read; start again when it is whole.")
-
     def _join(self, units: list[str], parts: list[Part], results: list[PartResult]) -> None:
         """The arrays of all parts in one folder, which takes its name when it is whole."""
         with claimed(self.folder / "join.claim") as is_ours:
-            if not is_ours:
-                time.sleep(POLL_S)
-                return  # and look again
-            joining = self.target.with_name(f"{self.target.name}.{uuid.uuid4().hex[:8]}.joining")
-            joining.mkdir()
-            try:
-                write_arrays(joining, results, [self._part_path(part).with_suffix(".npz") for part in parts])
-                run_dir.write_json(joining / "meta.json", self._meta(units, results))
-                with suppress(OSError):  # another starter came first: its folder holds the same
-                    joining.rename(self.target)
-                    run_dir.fsync_folder(self.target.parent)
-            finally:
-                shutil.rmtree(joining, ignore_errors=True)
-        self._remove()
+            if is_ours:
+                joining = _passing(self.target)
+                joining.mkdir()
+                try:
+                    write_arrays(joining, results, [self._part_path(part).with_suffix(".npz") for part in parts])
+                    run_dir.write_json(joining / "meta.json", self._meta(units, results))
+                    self._name(joining)
+                finally:
+                    shutil.rmtree(joining, ignore_errors=True)
+        if is_ours:
+            self._remove()
+            return
+        time.sleep(POLL_S)
+        self._join(units, parts, results)
+
+    def _name(self, joined: Path) -> None:
+        """Give whole data its name, where no other starter came first: its folder holds the same."""
+        if not is_whole(self.target):  # what is left of it where somebody removed a part
+            _remove_at_once(self.target)
+        try:
+            joined.rename(self.target)
+        except OSError:
+            if not is_whole(self.target):
+                raise
+        run_dir.fsync_folder(self.target.parent)
 
     def _remove(self) -> None:
-        """The work, at once for all that share it: one of them may just be writing there."""
-        gone = self.folder.with_name(f"{self.folder.stem}.{uuid.uuid4().hex[:8]}.joining")
-        with suppress(OSError):
-            self.folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        _remove_at_once(self.folder)
 
     def _meta(self, units: list[str], results: list[PartResult]) -> dict[str, object]:
         inputs = self.inputs
@@ -241,6 +248,19 @@ class _Work:
     def _part_path(self, part: Part) -> Path:
         """Named by its range: another version may cut the files elsewhere."""
         return self.folder / f"part_{part.file_number}_{part.start}_{part.end}"
+
+
+def _passing(target: Path) -> Path:
+    """A folder's name for as long as it is made or removed."""
+    return target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.joining")
+
+
+def _remove_at_once(folder: Path) -> None:
+    """Remove a folder, at once for all that share it: one of them may just be writing there."""
+    gone = _passing(folder)
+    with suppress(OSError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _remove_stale(cache: Path) -> None:
@@ -262,8 +282,9 @@ def forget(run: Run, prepared: Prepared) -> None:
 
 def _remove_empty(folders: list[Path], digests: Path) -> None:
     """Folders that were made for nothing; those that hold something but remembered digests stay."""
-    if digests.parent.is_dir() and set(digests.parent.iterdir()) == {digests}:
-        shutil.rmtree(digests, ignore_errors=True)
+    with suppress(OSError):  # another starter removes them too
+        if set(digests.parent.iterdir()) == {digests}:
+            shutil.rmtree(digests, ignore_errors=True)
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

@@ -151,6 +151,11 @@ class Prepared:
         return np.load(self.dir / f"{name}.npy", mmap_mode="r")
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether all files of prepared data are there; one that cleans temporary folders may take single ones."""
+    return all((folder / name).is_file() for name in ("meta.json", *(f"{name}.npy" for name in DTYPES)))
+
+
 def open_prepared(run: Run, fingerprint: str) -> Prepared:
     """The prepared data with this fingerprint.
 
@@ -158,7 +163,7 @@ def open_prepared(run: Run, fingerprint: str) -> Prepared:
         UserError: it is not there.
     """
     folder = run_dir.prepared_dir(run, fingerprint)
-    if not (folder / "meta.json").is_file():
+    if not is_whole(folder):
         raise UserError(f"{folder} is missing, the tokenized data of this run; start it again with qwen-dist train.")
     return Prepared(folder)
 

@@ -73,11 +73,15 @@ def trained_messages(conversation: Conversation, policy: Policy) -> list[int]:
         BadRow: the row gives weights where everything is trained.
     """
     answers = [at for at, message in enumerate(conversation.messages) if message.role == "assistant"]
-    if policy.loss == "all" and conversation.has_weights:
-        raise BadRow("it gives weights to messages, and data.loss=all trains everything; set data.loss to responses")
+    _check_weights(conversation.has_weights, policy)
     if policy.loss == "last_response":
         answers = answers[-1:]
     return [at for at in answers if conversation.messages[at].weight > 0]
+
+
+def _check_weights(has_weights: bool, policy: Policy) -> None:
+    if policy.loss == "all" and has_weights:
+        raise BadRow("it says what is trained, and data.loss=all trains everything; set data.loss to responses")
 
 
 def _turn(
@@ -115,7 +119,8 @@ def _of_text(raw: RawText, tokenizer: ChatTokenizer, policy: Policy) -> tuple[li
     Raises:
         BadRow: special tokens in the text, where those are an error.
     """
-    mark, num_special = _mark_for("\0".join(text.text for text in raw.segments), tokenizer, policy.special_tokens)
+    _check_weights(raw.has_weights, policy)
+    mark, num_special = _mark_for("".join(text.text for text in raw.segments), tokenizer, policy.special_tokens)
     turns: list[Turn] = []
     before, number = "", 0
     for weight, group in itertools.groupby(raw.segments, key=lambda segment: segment.weight):

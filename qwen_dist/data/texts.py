@@ -100,7 +100,7 @@ def read_segments(value: Any, name: str) -> RawText:
     segments = tuple(_segment(raw, f"segment {number}") for number, raw in enumerate(value))
     if not any(segment.text for segment in segments):
         raise BadRow(f"{name} is empty" if not segments else f"{name} holds no text")
-    return RawText(segments)
+    return RawText(segments, has_weights=any(segment.weight != 1.0 for segment in segments))
 
 
 def cut_place(text: str, split: TextSplit, row_hash: int) -> int | None:

@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 from qwen_dist import run_dir
 from qwen_dist.data.claims import claimed
-from qwen_dist.data.convert import to_jsonl
+from qwen_dist.data.files import stamp, to_jsonl
 from qwen_dist.data.part import encode_part
+from qwen_dist.data.rows import shown
 from qwen_dist.data.tokenizer import ChatTokenizer
-from qwen_dist.errors import RunFailed
+from qwen_dist.errors import RunFailed, UserError
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Task:
         kind: convert a DataFile to `out`.jsonl, or encode a Part to `out`.npz.
         out: path without suffix; `out`.json holds the result once the work is whole.
         work: the DataFile or Part.
+        stamp: of the file that the work reads, from before its bytes were named; None: it reads a file of ours.
         result: what `out`.json holds; None: someone else is at it.
     """
 
     kind: Literal["convert", "encode"]
     out: Path
     work: Any
+    stamp: tuple[int, ...] | None = None
     result: Any = None
 
 
@@ -55,6 +58,9 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._pool is not None:
+            if kind is not None:  # a conversion under way can take minutes, and nobody waits for it
+                for process in multiprocessing.active_children():
+                    process.terminate()
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, tasks: list[Task]) -> Iterator[Task]:
@@ -94,7 +100,11 @@ def do(task: Task, tokenizer: ChatTokenizer) -> Task:
 
 
 def _make(task: Task, tokenizer: ChatTokenizer) -> Any:
-    """Do the work; its file takes its name when it is whole."""
+    """Do the work; its file takes its name when it is whole.
+
+    Raises:
+        UserError: the file that it reads is no longer the one that it was named after.
+    """
     suffix = ".jsonl" if task.kind == "convert" else ".npz"
     partial = task.out.with_name(f".{task.out.name}.{uuid.uuid4().hex[:8]}{suffix}")
     try:
@@ -103,6 +113,9 @@ def _make(task: Task, tokenizer: ChatTokenizer) -> Any:
             if task.kind == "convert"
             else encode_part(task.work, tokenizer, partial).as_json()
         )
+        file = task.work if task.kind == "convert" else task.work.file
+        if task.stamp not in (None, stamp(file)):
+            raise UserError(f"{shown(file.path)} changed while it was read; start again when it is whole.")
         if partial.exists():
             run_dir.fsync_file(partial)
             partial.replace(task.out.with_suffix(suffix))

@@ -214,7 +214,7 @@ def test_a_finished_run_is_proved_from_its_directory(
     consume(run_dir, plan, 1, 4, range(1, plan.num_steps + 1))
     assert check_main([str(run_dir.path)]) == 0
     told = capsys.readouterr().out
-    assert told.startswith("3 steps and 3 whole epochs on 4 ranks: all 270 samples were trained in their step")
+    assert told.startswith("3 steps and 3 whole epochs on 4 ranks: 270 samples trained, each in its step")
     run_dir.ledger_file(1, 2).unlink()
     assert check_main([str(run_dir.path)]) == 1
     assert "step 1 (attempt 1): rank 2 of 4 recorded nothing." in capsys.readouterr().out

@@ -104,7 +104,13 @@ def test_weights_reach_the_tokens(prepared: Any, qwen25_folder: Path) -> None:
 def test_weights_under_all_are_a_contradiction(prepared: Any) -> None:
     row = chat("Q1", "A1")
     row["messages"][1]["weight"] = 0.5
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: it gives weights to messages, and data\.loss=all"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: it says what is trained, and data\.loss=all"):
+        prepared([row], loss="all")
+
+
+def test_segments_that_are_not_trained_contradict_all(prepared: Any) -> None:
+    row = {"segments": [{"text": "A", "train": False}, {"text": "B", "train": True}]}
+    with pytest.raises(UserError, match=r"it says what is trained, and data\.loss=all"):
         prepared([row], loss="all")
 
 
@@ -308,8 +314,11 @@ def test_a_tool_call_stays_with_its_exchange(prepared: Any, qwen25_folder: Path)
 
 
 def test_too_long_can_be_an_error(prepared: Any) -> None:
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: a sample of \d+ tokens, and data\.max_tokens is 30"):
+    with pytest.raises(UserError) as caught:
         prepared([NONE, chat("Q", LONG)], max_tokens=30, too_long="error")
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("1 row over data.max_tokens=30 in data.train; raise it, or set data.too_long to drop")
+    assert second.endswith("rows.jsonl:2: 55 tokens")
 
 
 @pytest.mark.parametrize("overlap", [0, 1, 7])
@@ -356,7 +365,7 @@ def test_malformed_rows_can_be_left_out(prepared: Any) -> None:
 
 
 def test_a_malformed_row_that_is_too_long_under_error_still_stops(prepared: Any) -> None:
-    with pytest.raises(UserError, match="a sample of"):
+    with pytest.raises(UserError, match="1 row over"):
         prepared([NONE, chat("Q", LONG)], max_tokens=30, too_long="error", on_bad_row="skip")
 
 

@@ -67,8 +67,8 @@ def test_the_table_tells_what_is_not_zero(mixed: Path, cli: Cli, monkeypatch: py
     assert "1 longer than data.max_tokens  at mixed.jsonl:4" in result.out
     assert "You are the support desk of a shop.  2 rows" in result.out
     assert "control tokens named 1 time in content  in 1 row" in result.out
-    assert "6 rows make 7 samples" in result.out and "28.6% of the samples are served with thinking" in result.out
-    assert "1 row that repeat" in result.out and "at mixed.jsonl:6" in result.out
+    assert "6 rows → 7 samples" in result.out and "28.6% of the samples are served with thinking" in result.out
+    assert "duplicates  1 row" in result.out and "at mixed.jsonl:6" in result.out
     assert "1 row of data.eval  at mixed.jsonl:7" in result.out
     assert "not read    note  keys of the rows" in result.out
     assert "slowest of 2 ranks" in result.out

@@ -71,7 +71,10 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     ),
     "arguments a list": (answer(tool_calls=[{"name": "f", "arguments": []}]), "arguments that are a list"),
     "tools": ({**chat("Q", "A"), "tools": "[{"}, "tools is not JSON"),
-    "assistant first": ({"messages": [{"role": "assistant", "content": "A"}]}, "message 0: an assistant turn comes first: the chat template refuses"),
+    "assistant first": (
+        {"messages": [{"role": "assistant", "content": "A"}]},
+        "message 0: an assistant turn comes first",
+    ),
     "deep": ('{"messages": ' + "[" * 100_000, "nested too deeply"),
 }
 
