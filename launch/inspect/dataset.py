@@ -151,15 +151,10 @@ class SplitData:
         Raises:
             BadRow: the row is malformed.
         """
-        from qwen_dist.data.formats import read_row
-        from qwen_dist.data.messages import RawText
-        from qwen_dist.data.rows import parse_row, row_hash
-        from qwen_dist.data.system import apply_system
+        from qwen_dist.data.normal import normal_form
+        from qwen_dist.data.rows import parse_row
 
-        policy, row = self.policy(file), content if isinstance(content, dict) else parse_row(content)
-        hash_of_row = row_hash(content)
-        form = read_row(row, policy.row_format, policy.source, hash_of_row)
-        return form if isinstance(form, RawText) else apply_system(form, policy.system, row, hash_of_row)
+        return normal_form(content if isinstance(content, dict) else parse_row(content), self.policy(file))
 
 
 @dataclass(frozen=True)

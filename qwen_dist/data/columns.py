@@ -29,6 +29,28 @@ ONLY_BY_COLUMNS = frozenset(("reasoning",))
 HALVES = frozenset(key for pairs in NEEDED.values() for pair in pairs if len(pair) > 1 for key in pair)
 
 
+def reached(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """The row, with what dotted names in `columns` point to under those names.
+
+    `answers.text.0` is row["answers"]["text"][0]; a key of the row that has dots in its name comes first.
+    """
+    dotted = [name for name in columns.values() if "." in name and name not in row]
+    found = {name: value for name in dotted if (value := _inside(row, name)) is not None}
+    return {**row, **found} if found else row
+
+
+def _inside(row: dict[str, Any], name: str) -> Any:
+    value: Any = row
+    for part in name.split("."):
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
 def keys_of(row_format: str) -> tuple[str, ...]:
     """Every key that a row of this format may have for us."""
     return tuple(dict.fromkeys(key for keys in NEEDED[row_format] for key in keys)) + OPTIONAL[row_format]

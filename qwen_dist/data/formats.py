@@ -186,5 +186,9 @@ def _nested(columns: dict[str, str], first_rows: list[dict[str, Any]]) -> str:
             if isinstance(value, list) and value and isinstance(value[0], dict):
                 keys = list(value[0])
                 if any(fits(name, columns, {*row, *keys}) for name in NEEDED):
-                    return f"{key} holds lists of objects with {', '.join(keys)}: write one row for each of them"
+                    name = f"{{{keys[-1]}: {key}.0.{keys[-1]}}}"
+                    return (
+                        f"{key} holds lists of objects with {', '.join(keys)}: name those of the first with columns, "
+                        f"as {name}, or write one row for each of them"
+                    )
     return ""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from qwen_dist import run_dir
 from qwen_dist.config import Run, Source
+from qwen_dist.data.columns import reached
 from qwen_dist.data.files import DataFile, digest, find_files, first_rows, stamp
 from qwen_dist.data.formats import detect_format, settings_without_effect, unread_keys
 from qwen_dist.data.policy import Policy, policy_of
@@ -106,19 +107,21 @@ def read_inputs(run: Run, split: Split) -> Inputs:
     files = tuple(find_files(sources))
     stamps = tuple(stamp(file) for file in files)
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
+    # Held-out rows are in no curriculum.
+    column = run.data.curriculum.column if run.data.curriculum and split == "train" else None
     policies, unread = [], []
     for file in files:
-        source, rows = sources[file.source], first_rows(file)
+        source = sources[file.source]
+        rows = [reached(row, source.columns) for row in first_rows(file)]
         row_format = detect_format(file.path, source.format, source.columns, rows)
         for setting in settings_without_effect(source, row_format):
             raise UserError(
                 f"data.{split}.{file.source}.{setting} has no effect: the rows of {shown(file.path)} are {row_format}; "
                 "remove it, or set format to continuation."
             )
-        policies.append(policy_of(run, source, row_format, tokenizer))
-        also_read = keys_read_by(policies[-1].system)
-        if run.data.curriculum and run.data.curriculum.column:
-            also_read.add(run.data.curriculum.column)
+        policies.append(policy_of(run, source, row_format, tokenizer, column))
+        also_read = keys_read_by(policies[-1].system) | ({column} if column else set())
+        also_read |= {name.partition(".")[0] for name in source.columns.values()}
         unread.append(unread_keys(rows, row_format, source.columns, also_read))
     digests = run_dir.cache_dir(run) / "digests"
     return Inputs(split, tokenizer, sources, files, tuple(policies), tuple(unread), stamps, digests)

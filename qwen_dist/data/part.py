@@ -6,6 +6,7 @@ Shapes: N tokens of the part, S samples of the part, K trained stretches of the 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from qwen_dist.data.columns import reached
 from qwen_dist.data.files import DataFile, read_rows
-from qwen_dist.data.formats import read_row
 from qwen_dist.data.messages import Conversation, RawText
+from qwen_dist.data.normal import normal_form
 from qwen_dist.data.part_result import NO_ASSISTANT_TURN, NO_PLACE_TO_CUT, NO_TRAINED_TOKEN, TOO_LONG, PartResult
 from qwen_dist.data.policy import Policy
-from qwen_dist.data.rows import BadRow, kind_of, parse_row, row_hash
+from qwen_dist.data.rows import BadRow, kind_of, parse_row
 from qwen_dist.data.samples import Sample, samples_of
 from qwen_dist.data.spans import Turn, turns_of
-from qwen_dist.data.system import apply_system, seen_system
+from qwen_dist.data.system import seen_system
 from qwen_dist.data.thinking import MODES
 from qwen_dist.data.tokenizer import ChatTokenizer
 from qwen_dist.data.too_long import split, trimmed
@@ -107,15 +109,13 @@ def _rows(part: Part, tokenizer: ChatTokenizer, result: PartResult) -> Iterator[
         result.num_rows += 1
         try:
             row = content if isinstance(content, dict) else parse_row(content)
-            hash_of_row = row_hash(row) if policy.reads_row_hash else 0
-            yield from _read(row, hash_of_row, place, index, policy, tokenizer, result)
+            yield from _read(row, place, index, policy, tokenizer, result)
         except BadRow as error:
             result.refuse(place, str(error), policy.skip_bad_rows)
 
 
 def _read(
     row: dict[str, Any],
-    hash_of_row: int,
     place: int,
     index: int,
     policy: Policy,
@@ -123,10 +123,9 @@ def _read(
     result: PartResult,
 ) -> Iterator[_Row]:
     """The row, if there is something to train in it."""
-    result.columns_seen.update(name for name in policy.source.columns.values() if name in row)
-    form = read_row(row, policy.row_format, policy.source, hash_of_row)
-    if isinstance(form, Conversation):
-        form = apply_system(form, policy.system, row, hash_of_row)
+    columns = policy.source.columns
+    result.columns_seen.update(reached(row, columns).keys() & columns.values())
+    form = normal_form(row, policy)
     key = float("nan") if policy.key_column is None else _key(row, policy.key_column)
     turns, num_special = turns_of(form, tokenizer, policy)
     result.num_special += num_special
@@ -153,6 +152,8 @@ def _key(row: dict[str, Any], column: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         what = "no" if value is None else f"{kind_of(value)} in"
         raise BadRow(f"{what} {column}, which data.curriculum orders by; it must be a number")
+    if abs(value) > sys.float_info.max:
+        raise BadRow(f"{column}, which data.curriculum orders by, is larger than {sys.float_info.max:.1e}")
     return float(value)
 
 

@@ -47,7 +47,9 @@ class Policy:
         return {**own, **source, "system": self.system.model_dump()}
 
 
-def policy_of(run: Run, source: Source, row_format: str, tokenizer: ChatTokenizer) -> Policy:
+def policy_of(
+    run: Run, source: Source, row_format: str, tokenizer: ChatTokenizer, key_column: str | None = None
+) -> Policy:
     """The policies for `source`.
 
     Raises:
@@ -66,7 +68,7 @@ def policy_of(run: Run, source: Source, row_format: str, tokenizer: ChatTokenize
         split_overlap=data.split_overlap,
         special_tokens=source.special_tokens_in_content or data.special_tokens_in_content,
         skip_bad_rows=data.on_bad_row == "skip",
-        key_column=data.curriculum.column if data.curriculum else None,
+        key_column=key_column,
     )
 
 

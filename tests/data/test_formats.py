@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qwen_dist.config import Source
-from qwen_dist.data.columns import keys_of
+from qwen_dist.data.columns import keys_of, reached
 from qwen_dist.data.formats import detect_format, read_row, settings_without_effect, unread_keys
 from qwen_dist.data.messages import Conversation, Message, RawText, Segment
 from qwen_dist.data.rows import BadRow, parse_row
@@ -122,9 +122,9 @@ SAME: dict[str, tuple[str, dict[str, Any], Conversation | RawText]] = {
     "segments": (
         "segments",
         {"segments": [{"text": "a", "train": False}, {"text": "b", "train": True}, {"text": "c", "weight": 0.5}]},
-        RawText((Segment("a", 0.0), Segment("b", 1.0), Segment("c", 0.5)))),
+        RawText((Segment("a", 0.0), Segment("b", 1.0), Segment("c", 0.5)), has_weights=True)),
     "segments as a JSON string": (
-        "segments", {"segments": '[{"text": "b", "loss_weight": 2}]'}, RawText((Segment("b", 2.0),))),
+        "segments", {"segments": '[{"text": "b", "loss_weight": 2}]'}, RawText((Segment("b", 2.0),), has_weights=True)),
 }  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def test_what_a_column_gives_away_is_not_read_twice() -> None:
          "question, answer look like prompt and completion: add columns: {prompt: question, completion: answer}."),
         ([{"prompt": "Q", "answer": "A"}], {}, "answer looks like completion: add columns: {completion: answer}."),
         ([{"instruction": "Q", "instances": [{"input": "", "output": "A"}]}], {},
-         "instances holds lists of objects with input, output: write one row for each of them."),
+         "as {output: instances.0.output}, or write one row for each of them."),
         ([{}], {}, "its first rows are objects without a key"),
         ([{"text": "x", "persona": "y"}], {"system": "persona"}, "no known format has the keys text, persona"),
         ([{"q": "Q"}], {"promt": "q"}, "columns has promt, which no format reads; did you mean prompt?"),
@@ -354,7 +354,17 @@ def test_every_shared_row_is_read(name: str, shared_data: Callable[[str], Path])
 def test_the_shared_seed_tasks_are_told_to_be_unfolded(shared_data: Callable[[str], Path]) -> None:
     path = shared_data("stanford_alpaca_seed_tasks.jsonl")
     rows = [parse_row(line) for line in path.read_bytes().splitlines()]
-    with pytest.raises(UserError, match="instances holds lists of objects with input, output: write one row for each"):
+    with pytest.raises(UserError, match=r"as {output: instances\.0\.output}, or write one row for each"):
         detect_format(str(path), "auto", {}, rows)
     with pytest.raises(BadRow, match=r"^no output$"):
         read(rows[0], "alpaca")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("a.b", 1), ("a.list.1", "y"), ("a.list.2", None), ("a.c", None), ("dot.ted", "own"), ("plain", None)],
+)
+def test_dotted_names_reach_into_the_row(name: str, value: Any) -> None:
+    row = {"a": {"b": 1, "list": ["x", "y"]}, "dot.ted": "own", "dot": {"ted": "inner"}}
+    assert reached(row, {"prompt": name}).get(name) == value
+    assert row == {"a": {"b": 1, "list": ["x", "y"]}, "dot.ted": "own", "dot": {"ted": "inner"}}

@@ -47,6 +47,8 @@ def messages_of(row: dict[str, Any], objects: bool) -> tuple[list[dict[str, Any]
     tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
     if "question" in row:
         return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}], None
+    if "instances" in row:
+        row = {**row, **row["instances"][0]}
     if "instruction" in row:
         user = row["instruction"] + ("\n" + row["input"] if row["input"] else "")
         return [{"role": "user", "content": user}, {"role": "assistant", "content": row["output"]}], None
@@ -135,8 +137,11 @@ FILES = {
     "identity.jsonl": 91,
     "gsm8k_train.jsonl": 7473,
     "gsm8k_test.jsonl": 1319,
+    "stanford_alpaca_seed_tasks.jsonl": 175,
 }
 QA = {"prompt": "question", "completion": "answer"}
+SEEDS = {"input": "instances.0.input", "output": "instances.0.output"}
+COLUMNS = {"gsm8k_train.jsonl": QA, "gsm8k_test.jsonl": QA, "stanford_alpaca_seed_tasks.jsonl": SEEDS}
 THINKING_FILES = ("derived_reason_tool_use_openai.jsonl", "reason_tool_use_demo_50.jsonl", "derived_gsm8k_think.jsonl")
 
 
@@ -152,7 +157,7 @@ def test_every_turn_of_every_shared_row(
 ) -> None:
     folder = request.getfixturevalue(f"{model}_folder")
     path = shared_data(name)
-    source = {"path": path, "columns": QA if name.startswith("gsm8k") else {}}
+    source = {"path": path, "columns": COLUMNS.get(name, {})}
     prepared = prepare(make_run(folder, source, max_tokens=100_000), "train", workers=1)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     assert check_rows(prepared, rows, served_by(folder)) == FILES[name]
