@@ -13,4 +13,4 @@ def draw(row_hash: int, purpose: str) -> float:
         purpose: what is decided, so that one row's several choices do not hang together.
     """
     digest = hashlib.blake2b(purpose.encode(), digest_size=8, key=row_hash.to_bytes(8, "little")).digest()
-    return int.from_bytes(digest, "little") / 2**64
+    return (int.from_bytes(digest, "little") >> 11) / 2**53  # 53 bits: a float holds no more, and would round up to 1

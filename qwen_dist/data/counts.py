@@ -36,18 +36,18 @@ def count(
     sources: Sequence[Source],
     files: Sequence[DataFile],
     formats: Sequence[str],
-    units: Sequence[str],
     results: Sequence[PartResult],
 ) -> dict[str, Any]:
     """JSON-able counts: sums over all sources, and the same of each in `sources`.
 
     `dropped` counts by reason rows with nothing to train, malformed rows and samples that are too long; `dropped_at`
-    has the first few places. `rows_dropped` counts by reason the rows of which nothing is left:
-    rows == rows_trained + sum(rows_dropped). `systems` has the most frequent system messages that the model will have
-    seen, with their number of rows.
+    has the first few places, as (number of the file, line or row), and `malformed` those of malformed rows with the
+    reason: when they are told, the file may have another name. `rows_dropped` counts by reason the rows of which
+    nothing is left: rows == rows_trained + sum(rows_dropped). `systems` has the most frequent system messages that the
+    model will have seen, with their number of rows.
 
     Args:
-        formats, units: of each file.
+        formats: of each file.
         results: of all parts, in order.
     """
     each = []
@@ -60,7 +60,7 @@ def count(
                 "format": ", ".join(sorted(found)),
                 "files": len(numbers),
                 **_sums([result for result in results if result.source == at]),
-                **_places(files, units, [result for result in results if result.source == at]),
+                **_places([result for result in results if result.source == at]),
             }
         )
     return {**_sums(results), "has_weights": any(result.has_weights for result in results), "sources": each}
@@ -76,16 +76,13 @@ def _sums(results: Sequence[PartResult]) -> dict[str, Any]:
     return found
 
 
-def _places(files: Sequence[DataFile], units: Sequence[str], results: Sequence[PartResult]) -> dict[str, Any]:
-    dropped_at: dict[str, list[str]] = {}
-    malformed: list[str] = []
+def _places(results: Sequence[PartResult]) -> dict[str, Any]:
+    dropped_at: dict[str, list[tuple[int, int]]] = {}
+    malformed: list[tuple[int, int, str]] = []
     for result, first in _with_first_places(results):
-        file = files[result.file]
         for reason, places in result.dropped_at.items():
-            dropped_at.setdefault(reason, []).extend(
-                place(file.path, units[result.file], first + number) for number in places
-            )
-        malformed += [f"{place(file.path, units[result.file], first + at)}: {reason}" for at, reason in result.skipped]
+            dropped_at.setdefault(reason, []).extend((result.file, first + number) for number in places)
+        malformed += [(result.file, first + number, reason) for number, reason in result.skipped]
     return {
         "dropped_at": {reason: places[:NUM_PLACES] for reason, places in dropped_at.items()},
         "malformed": malformed[:NUM_PLACES],

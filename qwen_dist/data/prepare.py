@@ -92,16 +92,8 @@ def prepare(
         _remove_empty(made, inputs.digests)
         raise
     prepared = open_prepared(run, inputs.fingerprint)
-    _name_as_now(prepared, inputs)
+    prepared.name([source.path for source in inputs.sources], [file.path for file in inputs.files])
     return prepared
-
-
-def _name_as_now(prepared: Prepared, inputs: Inputs) -> None:
-    """Of the same rows under other names, this run's names."""
-    for counted, source in zip(prepared.counts["sources"], inputs.sources, strict=True):
-        counted["path"] = source.path
-    for known, file in zip(prepared.files, inputs.files, strict=True):
-        known["path"] = file.path
 
 
 class _Work:
@@ -130,7 +122,7 @@ class _Work:
         _remove_stale(self.target.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_whole(self.target):  # since we looked another starter has joined it, and removed the work before us
-            self._remove()
+            _remove_at_once(self.folder)
             return
         try:
             with Workers(self.workers, self.inputs.tokenizer) as pool:
@@ -140,11 +132,12 @@ class _Work:
             check_results(self.inputs.sources, self.inputs.files, units, results, self.max_tokens, self.inputs.split)
             self._join(units, parts, results)
         except FileNotFoundError as error:
+            _remove_at_once(self.folder)
             if not str(error.filename).startswith(str(self.target)):
                 raise UserError(f"{error.filename} has vanished while it was read; bring it back.") from None
-            self._remove()  # another starter has joined the parts, or refused them: look again
+            # else another starter has joined the parts, or refused them: look again
         except UserError:
-            self._remove()
+            _remove_at_once(self.folder)
             raise
 
     def _convert(self, pool: Workers) -> list[str]:
@@ -203,25 +196,24 @@ class _Work:
 
     def _join(self, units: list[str], parts: list[Part], results: list[PartResult]) -> None:
         """The arrays of all parts in one folder, which takes its name when it is whole."""
-        with claimed(self.folder / "join.claim") as is_ours:
-            if is_ours:
-                joining = _passing(self.target)
-                joining.mkdir()
-                try:
-                    write_arrays(joining, results, [self._part_path(part).with_suffix(".npz") for part in parts])
-                    run_dir.write_json(joining / "meta.json", self._meta(units, results))
-                    self._name(joining)
-                finally:
-                    shutil.rmtree(joining, ignore_errors=True)
-        if is_ours:
-            self._remove()
-            return
-        time.sleep(POLL_S)
-        self._join(units, parts, results)
+        while True:
+            with claimed(self.folder / "join.claim") as is_ours:
+                if is_ours:
+                    joining = _passing(self.target)
+                    joining.mkdir()
+                    try:
+                        write_arrays(joining, results, [self._part_path(part).with_suffix(".npz") for part in parts])
+                        run_dir.write_json(joining / "meta.json", self._meta(units, results))
+                        self._name(joining)
+                    finally:
+                        shutil.rmtree(joining, ignore_errors=True)
+                    break
+            time.sleep(POLL_S)  # another starter joins them: when it is done, the claim's folder is gone
+        _remove_at_once(self.folder)
 
     def _name(self, joined: Path) -> None:
-        """Give whole data its name, where no other starter came first: its folder holds the same."""
-        if not is_whole(self.target):  # what is left of it where somebody removed a part
+        """Give the data its name, where no other starter came first: its folder holds the same."""
+        if not is_whole(self.target):  # somebody removed a part of it
             _remove_at_once(self.target)
         try:
             joined.rename(self.target)
@@ -230,14 +222,11 @@ class _Work:
                 raise
         run_dir.fsync_folder(self.target.parent)
 
-    def _remove(self) -> None:
-        _remove_at_once(self.folder)
-
     def _meta(self, units: list[str], results: list[PartResult]) -> dict[str, object]:
         inputs = self.inputs
         return {
             "fingerprint": inputs.fingerprint,
-            "counts": count(inputs.sources, inputs.files, inputs.formats, units, results),
+            "counts": count(inputs.sources, inputs.files, inputs.formats, results),
             "files": [
                 {"path": file.path, "source": file.source, "unit": unit, "unread_keys": unread}
                 for file, unit, unread in zip(inputs.files, units, inputs.unread, strict=True)

@@ -30,6 +30,7 @@ import numpy as np
 from qwen_dist import run_dir
 from qwen_dist.config import Run
 from qwen_dist.data.part_result import PartResult
+from qwen_dist.data.rows import place
 from qwen_dist.data.thinking import MODES
 from qwen_dist.errors import UserError
 
@@ -65,12 +66,32 @@ class Prepared:
         self.dir = folder
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.fingerprint: str = self.meta["fingerprint"]
-        self.counts: dict[str, Any] = self.meta["counts"]
-        self.files: list[dict[str, Any]] = self.meta["files"]
+        self.counts: dict[str, Any]
+        self.files: list[dict[str, Any]]
+        self.name(*([each["path"] for each in known] for known in (self.meta["counts"]["sources"], self.meta["files"])))
         self._ids_N = self.array("ids")
         self._offsets_S1 = self.array("offsets")
         self._spans_K2, self._span_weight_K = self.array("spans"), self.array("span_weight")
         self._span_offsets_S1 = self.array("span_offsets")
+
+    def name(self, sources: Sequence[str], files: Sequence[str]) -> None:
+        """Tell of the rows under these paths: the same ones may lie elsewhere since they were tokenized."""
+        self.files = [{**file, "path": path} for file, path in zip(self.meta["files"], files, strict=True)]
+        counted = [
+            {
+                **source,
+                "path": path,
+                "dropped_at": {
+                    reason: [self._place(*at) for at in places] for reason, places in source["dropped_at"].items()
+                },
+                "malformed": [f"{self._place(file, number)}: {reason}" for file, number, reason in source["malformed"]],
+            }
+            for source, path in zip(self.meta["counts"]["sources"], sources, strict=True)
+        ]
+        self.counts = {**self.meta["counts"], "sources": counted}
+
+    def _place(self, file: int, number: int) -> str:
+        return place(self.files[file]["path"], self.files[file]["unit"], number)
 
     @property
     def num_samples(self) -> int:

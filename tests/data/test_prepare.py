@@ -16,8 +16,10 @@ from qwen_dist.config import Run
 from qwen_dist.data import claims, workers
 from qwen_dist.data import prepare as prepare_module
 from qwen_dist.data.claims import claimed
-from qwen_dist.data.part_result import NO_ASSISTANT_TURN
+from qwen_dist.data.part_result import MALFORMED, NO_ASSISTANT_TURN
 from qwen_dist.data.prepare import Done, data_fingerprint, open_prepared, prepare
+from qwen_dist.data.rows import shown
+from qwen_dist.data.tokenizer import load_tokenizer
 from qwen_dist.errors import EnvironmentNotReady, UserError
 from tests.conftest import REPO
 
@@ -121,6 +123,29 @@ def test_a_file_that_changes_meanwhile_is_refused(run: Run, monkeypatch: pytest.
     with pytest.raises(UserError, match="changed while it was read"):
         prepare(run, "train")
     assert not Path(run.output_dir).exists()
+
+
+def test_parts_of_a_file_that_changed_are_not_gone_on_with(run: Run) -> None:
+    """Changed while it was read, the work killed, the old file put back: its name is the old one, its parts are not."""
+    path = Path(run.data.train[0].path)
+    before = path.read_bytes()
+    code = (
+        "import sys; from pathlib import Path; from qwen_dist.config import Run\n"
+        "from qwen_dist.data import prepare, workers\n"
+        "run = Run.model_validate_json(sys.argv[1]); encode = workers.encode_part\n"
+        "def changed(*rest):\n"
+        "    path = Path(run.data.train[0].path); path.write_bytes(path.read_bytes().replace(b'Answer', b'Lie'))\n"
+        "    return encode(*rest)\n"
+        "workers.encode_part = changed\n"
+        "prepare._remove_at_once = lambda folder: sys.exit(9)\n"  # killed before it can tidy up
+        "prepare.prepare(run, 'train', workers=1)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, run.model_dump_json()], cwd=REPO, capture_output=True)
+    assert killed.returncode == 9, killed.stderr
+    path.write_bytes(before)
+    made = prepare(run, "train", workers=1)
+    tokenizer = load_tokenizer(run.tokenizer_path)
+    assert all("Answer" in tokenizer.decode(made.sample(at)[0].tolist()) for at in range(40))
 
 
 def test_a_place_that_cannot_be_written_is_told(run: Run, tmp_path: Path) -> None:
@@ -249,6 +274,110 @@ def test_starters_at_the_same_time_share_the_work(run: Run) -> None:
     made = sorted(line for lines in told for line in lines[:-1])
     assert len(made) == len(set(made)) > 10
     assert folders(run) == [data_fingerprint(run, "train")]
+
+
+def test_data_of_which_a_part_was_removed_is_made_again(run: Run) -> None:
+    """By hand, or by what cleans temporary folders: neither an endless loop nor a traceback."""
+    first = prepare(run, "train")
+    for name in ("meta.json", "ids.npy", "hash.npy"):
+        (first.dir / name).unlink()
+        with pytest.raises(UserError, match="is missing"):
+            open_prepared(run, first.fingerprint)
+        again = prepare(run, "train")
+        assert (again.num_samples, again.counts) == (first.num_samples, first.counts)
+        assert folders(run) == [first.fingerprint]
+
+
+def test_a_starter_that_looked_too_early_does_nothing_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its look and its work another one ends: what is there is not tokenized a second time."""
+    is_prepared = prepare_module.is_prepared
+
+    def too_early(*arguments: Any) -> bool:
+        monkeypatch.setattr(prepare_module, "is_prepared", is_prepared)
+        prepare(run, "train")
+        monkeypatch.setattr(workers, "encode_part", None)
+        return False
+
+    monkeypatch.setattr(prepare_module, "is_prepared", too_early)
+    assert prepare(run, "train").num_samples == 40
+    assert folders(run) == [data_fingerprint(run, "train")]
+
+
+def test_work_that_others_remove_and_begin_anew_is_no_missing_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Path(run.output_dir, ".prepared", f"{data_fingerprint(run, 'train')}.incomplete")
+
+    def removed(part: Any, tokenizer: Any, out: Path) -> Any:
+        monkeypatch.setattr(workers, "encode_part", encode_part)
+        work.rename(work.with_name("gone"))
+        work.mkdir()
+        return encode_part(part, tokenizer, out)
+
+    encode_part = workers.encode_part
+    monkeypatch.setattr(workers, "encode_part", removed)
+    assert prepare(run, "train", workers=1).num_samples == 40
+
+
+def test_a_file_that_vanishes_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vanish(part: Any, *arguments: Any) -> Any:
+        Path(part.file.path).unlink()
+        return encode_part(part, *arguments)
+
+    encode_part = workers.encode_part
+    monkeypatch.setattr(workers, "encode_part", vanish)
+    with pytest.raises(UserError, match=r"rows\.jsonl has vanished while it was read; bring it back"):
+        prepare(run, "train", workers=1)
+    assert not Path(run.output_dir).exists()
+
+
+def test_the_place_of_another_run_that_is_refused_is_made_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused run removes the folders that it made, while this one, which found them, still reads its files."""
+
+    def refused(*arguments: Any) -> bool:
+        monkeypatch.setattr(prepare_module, "is_prepared", is_prepared)
+        prepare_module._remove_empty([cache, cache.parent], cache / "digests")
+        assert not cache.parent.exists()
+        prepare_module._remove_empty([cache, cache.parent], cache / "digests")  # so does a third one
+        return False
+
+    is_prepared = prepare_module.is_prepared
+    monkeypatch.setattr(prepare_module, "is_prepared", refused)
+    cache = Path(run.output_dir, ".prepared")
+    assert prepare(run, "train").num_samples == 40
+
+
+def test_who_does_not_join_waits_and_joins_where_the_other_is_gone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read or tokenized again meanwhile."""
+    work = Path(run.output_dir, ".prepared", f"{data_fingerprint(run, 'train')}.incomplete")
+    made: list[Any] = []
+    monkeypatch.setattr(claims.claimed.__wrapped__, "__defaults__", (0.5,))
+
+    def last(done: Done) -> None:
+        (work / "join.claim").touch()
+        made.append(done)
+
+    assert prepare(run, "train", workers=1, progress=last).num_samples == 40
+    assert len(made) == 1
+
+
+def test_places_are_told_with_the_names_of_now(
+    qwen3_folder: Path, make_run: Any, write_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_rows([ROWS[0], {"messages": ROWS[0]["messages"][:1]}, "{"])
+    run = make_run(qwen3_folder, rows, on_bad_row="skip")
+    monkeypatch.chdir(tmp_path)
+    assert prepare(run, "train").counts["sources"][0]["dropped_at"][NO_ASSISTANT_TURN] == ["rows.jsonl:2"]
+    monkeypatch.chdir("/")
+    (tmp_path / "later").mkdir()
+    moved = rows.rename(tmp_path / "later" / "named.jsonl")
+    run = make_run(qwen3_folder, moved, on_bad_row="skip")
+    (source,) = prepare(run, "train").counts["sources"]
+    assert source["path"] == str(moved)
+    assert source["dropped_at"] == {
+        NO_ASSISTANT_TURN: [f"{shown(str(moved))}:2"],
+        MALFORMED: [f"{shown(str(moved))}:3"],
+    }
+    assert [line.partition(": ")[0] for line in source["malformed"]] == [f"{shown(str(moved))}:3"]
+    assert len(folders(run)) == 1
 
 
 def test_a_claim_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) -> None:
