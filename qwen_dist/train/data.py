@@ -8,7 +8,7 @@ from collections.abc import Callable
 from qwen_dist.config import Run
 from qwen_dist.data.inputs import Split
 from qwen_dist.data.prepare import Done, Prepared, is_prepared, open_prepared, prepare
-from qwen_dist.errors import UserError
+from qwen_dist.errors import UserError, counted
 from qwen_dist.log import get_logger
 from qwen_dist.train.world import local_world_size, rank_environment
 
@@ -34,7 +34,7 @@ def open_or_prepare(run: Run, split: Split, fingerprint: str, environ: dict[str,
     # Slurm binds each task to its own cores; other launchers leave all of the machine to all ranks.
     num_cores = len(os.sched_getaffinity(0))
     num_workers = num_cores if "SLURM_CPUS_PER_TASK" in environ else max(1, num_cores // num_local)
-    get_logger().info("data.%s is not tokenized yet: %d ranks share the work", split, num_ranks)
+    get_logger().info("data.%s is not tokenized yet, and shared out over %s", split, counted(num_ranks, "rank"))
     prepared = prepare(run, split, workers=num_workers, first=rank / num_ranks, progress=_told(split))
     if prepared.fingerprint != fingerprint:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import traceback
 from pathlib import Path
 
@@ -25,12 +26,16 @@ from qwen_dist.train.loop import Job, train
 from qwen_dist.train.signals import StopRequest
 from qwen_dist.train.world import rank_environment, start_world
 
+# How long a rank with a user error waits for rank 0 to tell of it: ranks start seconds apart on a busy machine.
+RANK_0_SPEAKS_S = 15.0
+
 
 def main(path: str) -> int:
     """Run one attempt on the run directory `path`; returns the exit code, which outcome.json has as well."""
     rank = int(rank_environment(dict(os.environ))["RANK"])
     start_logging(rank)
     run_dir, progress = RunDir(Path(path)), {"attempt": 0, "step": 0}
+    before = changed_at(run_dir.outcome)
     try:
         state, num_steps = run_attempt(run_dir, progress)
         finished = state.step == num_steps
@@ -38,8 +43,8 @@ def main(path: str) -> int:
         message = f"finished all {num_steps} steps" if finished else f"stopped and saved at step {state.step}"
     except UserError as error:
         code, message = error.exit_code, str(error)
-        # Every rank meets the same one, and one voice is enough; the others keep it in their log files.
-        get_logger().log(logging.ERROR if rank == 0 else logging.DEBUG, "error: %s", message)
+        is_told = rank != 0 and told_by_rank_0(run_dir, before)
+        get_logger().log(logging.DEBUG if is_told else logging.ERROR, "error: %s", message)
     except Exception as error:
         code, message = EXIT_RUN_FAILED, f"{type(error).__name__}: {error}"
         get_logger().debug("%s", traceback.format_exc())
@@ -47,6 +52,25 @@ def main(path: str) -> int:
     if rank == 0:
         write_json(run_dir.outcome, {**progress, "exit_code": code, "message": message})
     return code
+
+
+def told_by_rank_0(run_dir: RunDir, before: int) -> bool:
+    """Wait until rank 0 has said what is wrong; False: it does not know, so this rank must say it.
+
+    Most user errors are met by every rank, and one voice is enough. But the first rank that leaves ends the job, and
+    rank 0 would be killed before it has said a word.
+    """
+    deadline = time.monotonic() + RANK_0_SPEAKS_S
+    while changed_at(run_dir.outcome) == before:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def changed_at(path: Path) -> int:
+    """When a file was last changed, in ns; 0 where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:

@@ -27,7 +27,6 @@ def test_ranks_tokenize_together_what_is_missing(tmp_path: Path) -> None:
 
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "data.train is not tokenized yet: 2 ranks share the work" in done.stderr
     assert {step: entry["loss"] for step, entry in step_metrics(run_dir).items()} == expected
     data = json.loads((run_dir / "run.json").read_text())["data"]
     cached = {path.name for path in (tmp_path / "runs" / ".prepared").iterdir()}
