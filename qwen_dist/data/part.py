@@ -85,7 +85,10 @@ def encode_part(part: Part, tokenizer: ChatTokenizer, out: Path) -> PartResult:
         ids_of = tokenizer.encode_pieces(p for row in batch for t in row.turns for p in (*t.prompt, *t.response))
         for row in batch:
             samples = samples_of(row.turns, ids_of, part.policy.loss)
-            kept.extend(_kept(row, samples, part.policy, tokenizer, result))
+            try:
+                kept.extend(_kept(row, samples, part.policy, tokenizer, result))
+            except BadRow as error:
+                result.refuse(row.place, str(error), part.policy.skip_bad_rows)
         batch.clear()
 
     for row in _rows(part, tokenizer, result):

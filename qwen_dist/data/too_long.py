@@ -6,6 +6,7 @@ Shapes: T tokens of one sample.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 from qwen_dist.data.messages import Conversation
 from qwen_dist.data.policy import Policy
@@ -22,21 +23,31 @@ def trimmed(conversation: Conversation, tokenizer: ChatTokenizer, policy: Policy
 
     Returns:
         The samples, and the tokens of each turn that is too long even so.
+
+    Raises:
+        BadRow: a turn cannot be served after what is left.
     """
     turns: list[Turn] = []
     too_long: list[int] = []
     ids_of: dict[str, list[int]] = {}
+
+    @lru_cache(maxsize=2)
+    def turn_after(at: int, num_gone: int) -> tuple[Turn, int]:
+        """The turn with its number of tokens."""
+        turn = _turn_without(conversation, at, num_gone, tokenizer, policy)
+        pieces = [*turn.prompt, *turn.response]
+        ids_of.update(tokenizer.encode_pieces(piece for piece in pieces if piece not in ids_of))
+        return turn, len(join_pieces(pieces, ids_of))
+
     num_gone = 0
     for at in trained_messages(conversation, policy):
-        num_exchanges = sum(message.role == "user" for message in conversation.messages[:at])
-        while True:
-            turn = _turn_without(conversation, at, num_gone, tokenizer, policy)
-            pieces = [*turn.prompt, *turn.response]
-            ids_of |= tokenizer.encode_pieces(piece for piece in pieces if piece not in ids_of)
-            num_tokens = len(join_pieces(pieces, ids_of))
-            if num_tokens <= policy.max_tokens or num_gone >= num_exchanges - 1:
-                break
+        most = sum(message.role == "user" for message in conversation.messages[:at]) - 1
+        # The next turn's prompt can be the shorter one: templates leave out earlier reasoning.
+        while num_gone and turn_after(at, num_gone - 1)[1] <= policy.max_tokens:
+            num_gone -= 1
+        while num_gone < most and turn_after(at, num_gone)[1] > policy.max_tokens:
             num_gone += 1
+        turn, num_tokens = turn_after(at, num_gone)
         if num_tokens <= policy.max_tokens:
             turns.append(turn)
         else:

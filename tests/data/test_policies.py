@@ -299,6 +299,24 @@ def test_an_exchange_that_is_too_long_by_itself_is_dropped(prepared: Any, qwen25
     assert made.counts["dropped"] == {TOO_LONG: 1}
 
 
+def test_a_later_turn_gets_back_the_history_that_fits_again(prepared: Any) -> None:
+    """The second turn's reasoning is too long beside the first exchange; the third is served without it."""
+    row = chat("Q1", "A1", "Q2", f"<think>\n{LONG}\n</think>\n\nA2", "Q3", "A3")
+    made = prepared([row], max_tokens=65, too_long="trim_history")
+    assert [text.count("Q1") for text in texts(made)] == [1, 0, 1]
+    assert made.counts["dropped"] == {}
+
+
+def test_a_turn_that_cannot_follow_what_is_left_is_refused_with_its_place(prepared: Any) -> None:
+    """/no_think goes with its exchange, and /think of the system message decides."""
+    row = with_system("/think", chat(f"Q1 /no_think {LONG}", "A1", "Q2", f"A2 {LONG}"))
+    settings = {"max_tokens": 80, "too_long": "trim_history", "thinking_switches": "follow"}
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: message 4: has no reasoning after /think"):
+        prepared([NONE, row], **settings)
+    made = prepared([NONE, row], on_bad_row="skip", **settings)
+    assert made.counts["rows_dropped"] == {MALFORMED: 1} and made.num_samples == 1
+
+
 def test_a_tool_call_stays_with_its_exchange(prepared: Any, qwen25_folder: Path) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
     tail = [
