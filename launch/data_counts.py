@@ -57,7 +57,7 @@ def exact_counts(run: Run, prepared: Prepared, held_out: Prepared | None) -> Dat
         dropped=counts["dropped"],
         packs_per_epoch=plan.packs_per_epoch,
         shares=shares if len(shares) > 1 else (),
-        is_exact=counted.all_of_them,
+        is_exact=counted.all_of_them and is_dropped == (run.data.eval_in_train == "drop" and bool(run.data.eval)),
     )
 
 

@@ -5,16 +5,15 @@ The runtime's data part is imported inside the functions; none of it imports tor
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.estimate_units import Group, Unit, spread, units_of
 from launch.planner import DataCounts
 from qwen_dist.config import Run, Source
 from qwen_dist.errors import UserError
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from qwen_dist.data.tokenizer import ChatTokenizer
 
 MIN_PARTS = 4
-ESTIMATE_PART_BYTES = 32 << 10
-# Files of other kinds than JSONL up to this size are read whole; of larger ones the first rows.
-SMALL_BYTES = 1 << 20
 MODEL_SAMPLES = 4096  # samples packed to learn how full packs get
 
 
@@ -41,7 +37,7 @@ class _Sample:
     """Some rows of one file, tokenized.
 
     Args:
-        scale: rows of the file for each of these; only files of one group share it.
+        scale: rows for each of these.
     """
 
     part: Part
@@ -59,57 +55,27 @@ def estimated_counts(run: Run, inputs: Inputs, deadline: float) -> DataCounts:
     Raises:
         UserError: rows that cannot be trained on were met.
     """
+    done: list[tuple[Unit, _Sample]] = []
     with tempfile.TemporaryDirectory(prefix="qwen-dist-plan-") as folder:
-        in_place, heads = _parts(inputs, Path(folder))
-        samples = [_encoded(part, inputs.tokenizer, Path(folder), scale) for part, scale in heads]
-        spread = _spread(in_place)
-        done: list[_Sample] = []
-        for part in spread:
-            done.append(_encoded(part, inputs.tokenizer, Path(folder), 1.0))
-            if time.monotonic() > deadline and len(done) >= MIN_PARTS:
+        units = units_of(inputs, Path(folder), deadline)
+        num_groups = len({unit.group for unit in units})
+        for unit in spread(units):
+            done.append((unit, _encoded(*unit.make(), inputs.tokenizer, Path(folder))))
+            if time.monotonic() > deadline and len(done) >= max(MIN_PARTS, num_groups):
                 break
-        scale = _bytes(spread) / max(1, _bytes([sample.part for sample in done]))
-    samples += [_Sample(one.part, one.result, one.arrays, scale) for one in done]
+    num_bytes, num_done = Counter[Group](), Counter[Group]()
+    for unit in units:
+        num_bytes[unit.group] += unit.num_bytes
+    for unit, _ in done:
+        num_done[unit.group] += unit.num_bytes
+    samples = [replace(one, scale=one.scale * num_bytes[unit.group] / num_done[unit.group]) for unit, one in done]
     is_exact = all(sample.scale == 1.0 for sample in samples)
     samples.sort(key=lambda sample: (sample.part.file_number, sample.part.start))
     _check(run, list(inputs.files), samples, is_exact)
     return _scaled(run, samples, is_exact)
 
 
-def _parts(inputs: Inputs, folder: Path) -> tuple[list[Part], list[tuple[Part, float]]]:
-    """Every part of plain and small files; of each other file its first rows, and how many times as many there are."""
-    from qwen_dist.data.convert import to_jsonl
-    from qwen_dist.data.files import first_rows, parts_of
-    from qwen_dist.data.part import Part
-
-    parts: list[Part] = []
-    heads: list[tuple[Part, float]] = []
-    for number, (file, policy) in enumerate(zip(inputs.files, inputs.policies, strict=True)):
-        is_plain = file.kind == "jsonl" and not file.compression
-        if is_plain or file.size <= SMALL_BYTES:
-            jsonl = None if is_plain else folder / f"{number}.jsonl"
-            if jsonl is not None:
-                to_jsonl(file, jsonl)
-            for start, end in parts_of(file, jsonl, ESTIMATE_PART_BYTES):
-                parts.append(Part(len(parts), number, file, jsonl, start, end, policy))
-            continue
-        rows = first_rows(file)
-        jsonl = folder / f"{number}.jsonl"
-        jsonl.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
-        head = Part(number, number, file, jsonl, 0, jsonl.stat().st_size, policy)
-        heads.append((head, max(1.0, _num_rows(file, jsonl) / max(1, len(rows)))))
-    return parts, heads
-
-
-def _num_rows(file: DataFile, jsonl: Path) -> float:
-    """About how many rows a file holds, told from the size of its first ones as JSONL."""
-    text = jsonl.read_bytes()
-    num_rows = max(1, text.count(b"\n"))
-    is_packed = file.compression or file.kind == "parquet"
-    return file.size / max(1.0, (len(zlib.compress(text)) if is_packed else len(text)) / num_rows)
-
-
-def _encoded(part: Part, tokenizer: ChatTokenizer, folder: Path, scale: float) -> _Sample:
+def _encoded(part: Part, scale: float, tokenizer: ChatTokenizer, folder: Path) -> _Sample:
     import numpy as np
 
     from qwen_dist.data.part import encode_part
@@ -121,15 +87,6 @@ def _encoded(part: Part, tokenizer: ChatTokenizer, folder: Path, scale: float) -
         return _Sample(part, result, {}, scale)
     with np.load(out) as arrays:
         return _Sample(part, result, {name: arrays[name] for name in names}, scale)
-
-
-def _spread(parts: list[Part]) -> list[Part]:
-    """The parts in an order whose every beginning is spread evenly over all: steps of the golden section."""
-    return [parts[at] for at in sorted(range(len(parts)), key=lambda at: at * 0.6180339887498949 % 1.0)]
-
-
-def _bytes(parts: Sequence[Part]) -> int:
-    return sum(part.end - part.start for part in parts)
 
 
 def _check(run: Run, files: list[DataFile], samples: Sequence[_Sample], is_exact: bool) -> None:
@@ -153,17 +110,12 @@ def _scaled(run: Run, samples: Sequence[_Sample], is_exact: bool) -> DataCounts:
     from qwen_dist.data.shard import plan_table
 
     table = _table(samples)
-    scales = [
-        max((sample.scale for sample in samples if sample.part.file.source == number), default=1.0)
-        for number in range(len(run.data.train))
-    ]
-    run = _with_limits_for(run, scales)
-    used = count_mixture(make_mixture(run.data, table, run.length.epochs, run.seed), table).sources
-    tokens = sum(round(source.tokens * scale) for source, scale in zip(used, scales, strict=True))
-    trained = sum(round(source.trained_tokens * scale) for source, scale in zip(used, scales, strict=True))
     if is_exact:
+        used = count_mixture(make_mixture(run.data, table, run.length.epochs, run.seed), table)
+        tokens, trained = used.total("tokens"), used.total("trained_tokens")
         packs = plan_table(run, table).packs_per_epoch
     else:
+        tokens, trained = _of_mixture(run, samples, table)
         packs = (max(1, round(tokens * _packs_per_token(run, table))),) * run.length.epochs
     dropped: Counter[str] = Counter()
     for sample in samples:
@@ -176,17 +128,36 @@ def _scaled(run: Run, samples: Sequence[_Sample], is_exact: bool) -> DataCounts:
         supervised_tokens=trained,
         dropped=dict(dropped),
         packs_per_epoch=packs,
-        is_exact=is_exact,
+        is_exact=is_exact and not (run.data.eval and run.data.eval_in_train == "drop"),
     )
 
 
-def _with_limits_for(run: Run, scales: Sequence[float]) -> Run:
-    """The run with the limits of its sources as they are for the samples: 1 of `scale` rows is there."""
-    train = tuple(
-        source.model_copy(update={"limit": source.limit and max(1, round(source.limit / scale))})
-        for source, scale in zip(run.data.train, scales, strict=True)
-    )
-    return run.model_copy(update={"data": run.data.model_copy(update={"train": train})})
+def _of_mixture(run: Run, samples: Sequence[_Sample], table: Table) -> tuple[int, int]:
+    """Tokens and trained tokens of an epoch, told from what is in each source, its limit, and its share or repeats."""
+    from qwen_dist.data.mixture import make_mixture, passes
+
+    sources = tuple(source.model_copy(update={"limit": None, "share": None}) for source in run.data.train)
+    everything = run.data.model_copy(update={"train": sources})
+    streams = make_mixture(everything, table, 1, run.seed).streams
+    totals: list[dict[str, float]] = []
+    for number, (source, stream) in enumerate(zip(run.data.train, streams, strict=True)):
+        own = [sample for sample in samples if sample.part.file.source == number]
+        rows = sum(sample.result.num_rows_trained * sample.scale for sample in own)
+        first, end = table.source_rows(number)
+        num_kept = rows * stream.num_rows / max(1, end - first)
+        in_use = min(num_kept, source.limit or num_kept) / max(1.0, rows)
+        totals.append(
+            {
+                "rows": rows * in_use,
+                "tokens": sum(sample.result.num_tokens * sample.scale for sample in own) * in_use,
+                "trained_tokens": sum(sample.result.num_supervised * sample.scale for sample in own) * in_use,
+            }
+        )
+    unit = run.data.share_unit if run.data.has_shares else "rows"
+    times = passes(run.data, [max(1, round(total[unit])) for total in totals])
+    each = list(zip(totals, map(float, times), strict=True))
+    tokens, trained = (sum(total[key] * number for total, number in each) for key in ("tokens", "trained_tokens"))
+    return round(tokens), round(trained)
 
 
 def _packs_per_token(run: Run, table: Table) -> float:
@@ -195,15 +166,18 @@ def _packs_per_token(run: Run, table: Table) -> float:
 
     from qwen_dist.data.shard import plan_table
 
+    assert table.turns_S is not None and table.key_S is not None, "`_table` makes them"
     lengths_S = np.resize(np.diff(table.offsets_S1), MODEL_SAMPLES)
     many = replace(
         table,
         offsets_S1=np.concatenate([[0], np.cumsum(lengths_S)]),
         supervised_S=np.resize(table.supervised_S, MODEL_SAMPLES),
+        turns_S=np.resize(table.turns_S, MODEL_SAMPLES),
+        key_S=np.resize(table.key_S, MODEL_SAMPLES),
         source_S=None,
         rows_R1=None,
     )
-    data = run.data.model_copy(update={"train": (Source(path="all"),), "curriculum": None, "duplicates": "keep"})
+    data = run.data.model_copy(update={"train": (Source(path="all"),), "duplicates": "keep"})
     only = run.model_copy(update={"data": data})
     return plan_table(only, many).packs_per_epoch[0] / int(lengths_S.sum())
 

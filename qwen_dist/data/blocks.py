@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import BinaryIO, Literal
 
 from qwen_dist.data.rows import UTF8_BOM, place, shown
@@ -29,7 +30,7 @@ def blocks(path: str, compression: Compression, block_bytes: int = BLOCK_BYTES) 
         UserError: the file cannot be read, or its compressed data is cut off or damaged; with the line.
     """
     num_lines = 0
-    unpacked = {"": _plain, "gzip": _gzip, "zstd": _zstd}[compression]
+    unpacked = UNPACKED[compression]
     try:
         with open(path, "rb") as stream:
             for block in unpacked(stream, block_bytes):
@@ -42,6 +43,18 @@ def blocks(path: str, compression: Compression, block_bytes: int = BLOCK_BYTES) 
         ) from error
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be read: {error.strerror or error}; check its permissions.") from error
+
+
+def head(path: str, compression: Compression, num_bytes: int) -> tuple[bytes, int]:
+    """The first unpacked bytes, about `num_bytes`, and how many bytes of the file they take; less of a damaged one."""
+    text, position = b"", 0
+    with open(path, "rb") as stream, suppress(_Damaged):
+        for block in UNPACKED[compression](stream, num_bytes):
+            if len(text) >= num_bytes and stream.tell() > position:  # what was read before is all in the text
+                break
+            text += block
+            position = stream.tell()
+    return text, position
 
 
 def lines(path: str, compression: Compression) -> Iterator[bytes]:
@@ -104,3 +117,6 @@ def _zstd(stream: BinaryIO, block_bytes: int) -> Iterator[bytes]:
         raise _Damaged(f"is damaged ({error})") from error
     if frame is not None:
         raise _Damaged("is cut off")
+
+
+UNPACKED: dict[Compression, Callable[[BinaryIO, int], Iterator[bytes]]] = {"": _plain, "gzip": _gzip, "zstd": _zstd}

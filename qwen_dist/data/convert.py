@@ -35,11 +35,11 @@ def to_jsonl(file: DataFile, out: Path) -> Unit:
             _write(out, lambda stream: stream.writelines(blocks(file.path, file.compression)))
             return "line"
         if file.kind in ("parquet", "dataset"):
-            _write(out, lambda stream: stream.writelines(_line(row) for row in _rows_of(file)))
+            _write(out, lambda stream: stream.writelines(_line(row) for row in table_rows_of(file)))
             return "row"
-        if _write_on_their_lines(out, _numbered(file)):
+        if _write_on_their_lines(out, numbered(file)):
             return "line"
-        _write(out, lambda stream: stream.writelines(text + b"\n" for _, text in _numbered(file)))
+        _write(out, lambda stream: stream.writelines(text + b"\n" for _, text in numbered(file)))
         return "row"
     except BaseException:
         out.unlink(missing_ok=True)
@@ -55,13 +55,15 @@ def _line(row: dict[str, Any]) -> bytes:
     return _encode(row).encode("utf-8") + b"\n"
 
 
-def _rows_of(file: DataFile) -> Iterator[dict[str, Any]]:
+def table_rows_of(file: DataFile) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file or dataset."""
     if file.dataset is not None:
         return dataset_rows(file.dataset)
     return parquet_rows(file.path, range(len(row_group_bytes(file.path))))
 
 
-def _numbered(file: DataFile) -> Iterator[tuple[int, bytes]]:
+def numbered(file: DataFile) -> Iterator[tuple[int, bytes]]:
+    """The rows of a JSON array or CSV file: (the line on which it begins, JSON text)."""
     if file.kind == "json_array":
         return elements(file.path, file.compression)
     delimiter = "\t" if file.kind == "tsv" else ","
