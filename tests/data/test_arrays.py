@@ -109,7 +109,7 @@ def test_what_is_wrong_inside_an_element_is_a_bad_row_of_its_line(tmp_path: Path
         1: "not JSON (Expecting value, column 8)",
         3: "not JSON (Invalid control character at, column 12)",
         5: "not UTF-8 (byte 0xff at byte 8 of the line)",
-        6: "not JSON (NaN is no JSON value)",
+        6: "NaN is no JSON value",
         7: "the key 'a' is given twice in one object",
         8: "not JSON (Expecting ':' delimiter, column 6)",
     }
