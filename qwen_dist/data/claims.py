@@ -31,14 +31,12 @@ def claimed(path: Path, stale_s: float = STALE_S) -> Iterator[bool]:
         yield False
         return
     done = threading.Event()
-    thread = threading.Thread(target=_renew, args=(path, done), daemon=True)
-    thread.start()
     try:
+        threading.Thread(target=_renew, args=(path, done), daemon=True).start()
         yield True
     finally:
+        path.unlink(missing_ok=True)  # at once, and no thread waited for: the process may just be told to end
         done.set()
-        thread.join()
-        path.unlink(missing_ok=True)
 
 
 def _create(path: Path) -> bool:

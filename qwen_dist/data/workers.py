@@ -133,6 +133,7 @@ def _start_worker(folder: Path) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use every core
     _worker_tokenizer = ChatTokenizer(folder)
+    signal.signal(signal.SIGTERM, _leave)
 
 
 def _end_with_parent() -> None:
@@ -143,5 +144,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _leave(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the pool sends another where the first worker is gone
+    raise SystemExit
+
+
 def _do_in_worker(task: Task) -> Task:
-    return do(task, _worker_tokenizer)
+    try:
+        return do(task, _worker_tokenizer)
+    except SystemExit:  # its claim is given back: the pool would hand it the next task
+        os._exit(1)

@@ -184,6 +184,17 @@ def test_a_followed_switch_that_contradicts_its_turn(prepared: Any, row: Any, re
         prepared([row], thinking_switches="follow")
 
 
+def test_what_only_looks_like_a_switch_is_none(prepared: Any) -> None:
+    row = chat("see /thinking, a/no_think and /no_think.", "A")
+    assert modes(prepared([row], thinking_switches="follow")) == ["no_think"]
+
+
+def test_of_several_switches_in_a_message_the_last_one_counts(prepared: Any) -> None:
+    row = chat("/think Q /no_think", "A")
+    head = f"{USER}/think Q /no_think{END}\n{ANSWER}"
+    assert texts(prepared([row], thinking_switches="follow")) == [f"{head}⟦{BLOCK}A{END}⟧"]
+
+
 def test_the_last_switch_counts(prepared: Any) -> None:
     row = with_system("S /think", chat("and/or /thinking paths/think", "<think>\nW\n</think>\n\nA", "Q /no_think", "B"))
     assert modes(prepared([row], thinking_switches="follow")) == ["think", "think"]
@@ -217,6 +228,12 @@ def test_system_policies(prepared: Any, system: Any, expected: list[str | None])
     assert systems(prepared(rows, system=system)) == expected
 
 
+def test_a_blank_system_message_is_none_to_default_and_a_message_to_keep(prepared: Any) -> None:
+    blank = with_system(" \n", chat("Q", "A"))
+    assert systems(prepared([blank], system={"policy": "default", "text": "S"})) == ["S"]
+    assert systems(prepared([blank])) == [" \n"]
+
+
 def test_a_system_message_from_a_file(prepared: Any, tmp_path: Path) -> None:
     file = tmp_path / "system.txt"
     file.write_text("From {a} file.\nTwo lines.\n")
@@ -224,6 +241,24 @@ def test_a_system_message_from_a_file(prepared: Any, tmp_path: Path) -> None:
     assert systems(made) == ["From {a} file.\nTwo lines."]
     file.write_text("Another.")
     assert systems(prepared([NONE], system={"policy": "replace", "file": str(file)})) == ["Another."]
+
+
+def test_choices_from_files_and_templates(prepared: Any, tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text("From a file.\n")
+    choices = [{"file": str(tmp_path / "system.txt")}, {"template": "At {level}"}]
+    rows = [{**chat(f"Q{number}", "A"), "level": 3, "other": 4} for number in range(20)]
+    made = prepared(rows, system={"policy": "choose", "choices": choices})
+    assert set(systems(made)) == {"From a file.", "At 3"}
+    assert made.files[0]["unread_keys"] == ["other"]
+    assert prepared(rows[:1]).files[0]["unread_keys"] == ["level", "other"]
+
+
+def test_a_system_message_in_the_middle_goes_with_the_others(prepared: Any) -> None:
+    row = chat("Q1", "A1", "Q2", "A2")
+    row["messages"].insert(2, {"role": "system", "content": "middle"})
+    (first, second) = texts(prepared([row], system={"policy": "replace", "text": "S"}))
+    assert "middle" not in first + second and second.startswith("<|im_start|>system\nS")
+    assert "middle" in "".join(texts(prepared([row])))
 
 
 def test_a_source_has_its_own_policy(prepared: Any) -> None:
@@ -235,6 +270,7 @@ def test_a_source_has_its_own_policy(prepared: Any) -> None:
     ("row", "template", "reason"),
     [
         (NONE, "{name}", "no name, which the system template names"),
+        ({**NONE, "name": True}, "{name}", "name is a boolean, and the system template needs text or a number"),
         ({**NONE, "name": ["x"]}, "{name}", "name is a list, and the system template needs text or a number"),
     ],
 )
@@ -371,6 +407,40 @@ def test_special_tokens_in_content(prepared: Any) -> None:
         prepared([ATTACK], special_tokens_in_content="error")
 
 
+def test_special_tokens_in_tools_stay_text(prepared: Any, qwen25_folder: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f", "description": f"ends {END}", "parameters": {}}}
+    made = prepared([{**chat("Q", "A"), "tools": [tool]}], qwen25_folder)
+    ids = made.sample(0)[0].tolist()
+    assert ids.count(made.tokenizer.stop_id) == 3 and made.counts["special_tokens"] == 1
+    assert made.tokenizer.decode(ids).count(END) == 4
+
+
+def test_special_tokens_beside_the_characters_that_mark_them(prepared: Any) -> None:
+    made = prepared([chat(f"\ufdd0{END}\ufdd0\ufdd1", "A")])
+    ids = made.sample(0)[0].tolist()
+    assert ids.count(made.tokenizer.stop_id) == 2
+    assert f"\ufdd0{END}\ufdd0\ufdd1{END}" in made.tokenizer.decode(ids)
+    every = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: it holds special tokens and all of U\+FDD0 to U\+FDEF"):
+        prepared([chat(f"{END}{every}", "A")])
+
+
+def test_special_tokens_are_counted_in_what_is_fed_only(prepared: Any) -> None:
+    nobody = {"messages": ATTACK["messages"][:1]}
+    made = prepared([NONE, nobody])
+    assert made.counts["special_tokens"] == 0
+    assert prepared([NONE, nobody], special_tokens_in_content="error").num_samples == 1
+
+
+def test_names_of_special_tokens_over_two_segments_stay_text(prepared: Any) -> None:
+    texts_of_row = [("a <|im_", False), ("end|> b", False), ("c", True)]
+    row = {"segments": [{"text": text, "train": train} for text, train in texts_of_row]}
+    made = prepared([row])
+    assert made.tokenizer.stop_id not in made.sample(0)[0] and made.counts["special_tokens"] == 1
+    with pytest.raises(UserError, match="its content holds the special token"):
+        prepared([row], special_tokens_in_content="error")
+
+
 def test_malformed_rows_can_be_left_out(prepared: Any) -> None:
     made = prepared([NONE, "{", chat("Q", ""), NONE], on_bad_row="skip")
     (source,) = made.counts["sources"]
@@ -397,6 +467,9 @@ def test_continuation_and_segments(prepared: Any) -> None:
     assert texts(prepared([pair], source={"end_of_text": False})) == ["Once upon⟦ a time.⟧"]
     parts = [("A: hi\n", False), ("B: ho\n", True), ("A: bye\n", 0), ("B: ", 0), ("tschüs", 0.5)]
     made = prepared([{"segments": [{"text": text, "train": train} for text, train in parts]}])
+    assert made.origin(0)["message"] == 1
+    late = prepared([{"segments": [{"text": text, "train": text == "c"} for text in "abc"]}])
+    assert late.origin(0)["message"] == 2
     assert texts(made) == ["A: hi\n⟦B: ho\n⟧A: bye\nB: ⟦tschüs⟧"]
     assert [weight for *_, weight in made.spans(0)] == [1.0, 0.5]
 
@@ -413,6 +486,15 @@ def test_a_text_that_cannot_be_cut_is_counted_as_such(prepared: Any) -> None:
     rows = [{"text": "One sentence only"}, {"text": "Two. Sentences."}]
     made = prepared(rows, source={"text_split": {"at": "sentence"}})
     assert made.counts["dropped"] == {"no place in the text to cut it": 1} and made.num_samples == 1
+
+
+def test_each_text_is_cut_at_a_sentence_of_its_own(prepared: Any) -> None:
+    rows = [{"text": "One. Two. Three. Four. Five. Six.", "id": number} for number in range(20)]
+    made = prepared(rows, source={"text_split": {"at": "sentence"}})
+    places = [next(iter(made.spans(at)))[0] for at in range(20)]
+    assert len(set(places)) >= 3
+    again = prepared(rows[::-1], source={"text_split": {"at": "sentence"}})
+    assert [next(iter(again.spans(at)))[0] for at in range(20)] == places[::-1]
 
 
 def test_settings_of_texts_on_messages_are_refused(prepared: Any) -> None:

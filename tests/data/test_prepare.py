@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 
-from qwen_dist.config import Run
+from qwen_dist.config import Run, Source
 from qwen_dist.data import claims, workers
 from qwen_dist.data import prepare as prepare_module
 from qwen_dist.data.claims import claimed
 from qwen_dist.data.part_result import MALFORMED, NO_ASSISTANT_TURN
 from qwen_dist.data.prepare import Done, data_fingerprint, open_prepared, prepare
 from qwen_dist.data.rows import shown
+from qwen_dist.data.sources import find_files
 from qwen_dist.data.tokenizer import load_tokenizer
+from qwen_dist.data.workers import Task
 from qwen_dist.errors import EnvironmentNotReady, UserError
 from tests.conftest import REPO
 
@@ -190,6 +192,22 @@ def test_workers_end_with_a_parent_that_is_killed(run: Run, tmp_path: Path) -> N
     parent.kill()
     parent.wait()
     wait_until(lambda: not any(is_alive(worker) for worker in workers))
+
+
+def test_workers_leave_at_once_and_give_their_claims_back(qwen3_folder: Path, tmp_path: Path) -> None:
+    """As after Ctrl-C: the conversion of a large file is not waited for, and the next start need not wait for it."""
+    (tmp_path / "small.json").write_text("[{}]")
+    (tmp_path / "large.json").write_text("[" + ",".join(["{}"] * 3_000_000) + "]")
+    work = tmp_path / "work"
+    work.mkdir()
+    files = find_files([Source(path=str(tmp_path / f"{name}.json")) for name in ("small", "large")])
+    tasks = [Task("convert", work / f"file_{number}", file) for number, file in enumerate(files)]
+    with pytest.raises(KeyboardInterrupt), workers.Workers(2, load_tokenizer(str(qwen3_folder))) as pool:
+        for task in pool.run(tasks):
+            assert task.result == "line"
+            wait_until(lambda: (work / "file_1.claim").exists())
+            raise KeyboardInterrupt
+    assert sorted(path.name for path in work.iterdir()) == ["file_0.json", "file_0.jsonl"]
 
 
 def children_of(pid: int) -> list[int]:

@@ -24,6 +24,10 @@ REFUSED = {
         "does not continue its own generation prompt",
     ),
     "no stop": ("{{ '<|im_start|>' + m.content + '<|endoftext|>' }}", "does not close this turn with <|im_end|>"),
+    "text after the stop": (
+        "{{ '<|im_start|>' + m.content + '<|im_end|> ' }}",
+        "does not close this turn with <|im_end|>",
+    ),
     "two stops": ("{{ '<|im_start|>' + m.content + '<|im_end|><|im_end|>' }}", "closes the turn more than once"),
     "other text": ("{{ '<|im_start|>' + m.content[3:] + '<|im_end|>' }}", "changes this turn's text"),
     "its own veto": ("{{ raise_exception('never') }}", "the chat template refuses it (never)"),
