@@ -139,14 +139,14 @@ def _read(
     if turns:
         yield _Row(place, index, form, turns, key)
         return
-    reason = _why_untrained(form)
+    reason = _why_untrained(form, policy.row_format)
     result.drop(reason, place)
     result.rows_dropped[reason] += 1
 
 
-def _why_untrained(form: Conversation | RawText) -> str:
+def _why_untrained(form: Conversation | RawText, row_format: str) -> str:
     if isinstance(form, RawText):
-        return NO_PLACE_TO_CUT if len(form.segments) == 1 else NO_TRAINED_TOKEN
+        return NO_PLACE_TO_CUT if row_format == "continuation" else NO_TRAINED_TOKEN
     return NO_TRAINED_TOKEN if any(message.role == "assistant" for message in form.messages) else NO_ASSISTANT_TURN
 
 

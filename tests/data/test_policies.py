@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ def test_weights_reach_the_tokens(prepared: Any, qwen25_folder: Path) -> None:
     assert set(weights_T[labels_T == NOT_TRAINED]) == {0}
     assert weights_T.sum() == made.weight_S[0] == 3 * 0.25 + 3 * 2
     assert made.has_weights and not prepared([TWO_TURNS], qwen25_folder).has_weights
+    row["messages"][3]["weight"] = 0.5
+    assert prepared([row], qwen25_folder).has_weights
 
 
 def test_weights_under_all_are_a_contradiction(prepared: Any) -> None:
@@ -261,6 +264,12 @@ def test_a_system_message_in_the_middle_goes_with_the_others(prepared: Any) -> N
     assert "middle" in "".join(texts(prepared([row])))
 
 
+def test_a_blank_system_file_is_refused(prepared: Any, tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text(" \n\n")
+    with pytest.raises(UserError, match=r"system\.txt is empty; fill it"):
+        prepared([NONE], system={"policy": "replace", "file": str(tmp_path / "system.txt")})
+
+
 def test_a_source_has_its_own_policy(prepared: Any) -> None:
     source = {"system": {"policy": "replace", "text": "of the source"}}
     assert systems(prepared([NONE], source=source, system={"policy": "drop"})) == ["of the source"]
@@ -343,6 +352,14 @@ def test_a_later_turn_gets_back_the_history_that_fits_again(prepared: Any) -> No
     assert made.counts["dropped"] == {}
 
 
+def test_a_trimmed_turn_that_fits_exactly_stays(prepared: Any) -> None:
+    row = chat(f"Q1 {LONG}", "A1", f"Q2 {LONG}", "A2")
+    (alone,) = prepared([chat(f"Q2 {LONG}", "A2")]).lengths_S.tolist()
+    for max_tokens, num_samples in ((alone, 2), (alone - 1, 0)):
+        made = prepared([NONE, row], max_tokens=max_tokens, too_long="trim_history")
+        assert made.num_samples == 1 + num_samples
+
+
 def test_a_turn_that_cannot_follow_what_is_left_is_refused_with_its_place(prepared: Any) -> None:
     """/no_think goes with its exchange, and /think of the system message decides."""
     row = with_system("/think", chat(f"Q1 /no_think {LONG}", "A1", "Q2", f"A2 {LONG}"))
@@ -382,6 +399,7 @@ def test_split_texts_train_each_token_once(prepared: Any, overlap: int) -> None:
     whole = prepared([{"text": text}], source=source)
     made = prepared([{"text": text}], source=source, max_tokens=50, too_long="split", split_overlap=overlap)
     assert max(made.lengths_S) <= 50 and made.num_samples > 5
+    assert (made.counts["rows_split"], whole.counts["rows_split"]) == (1, 0)
     trained = [token for index in range(made.num_samples) for token in made.sample(index)[1] if token != NOT_TRAINED]
     (ids_T, labels_T) = whole.sample(0)
     assert trained == labels_T[1:].tolist()
@@ -472,6 +490,47 @@ def test_continuation_and_segments(prepared: Any) -> None:
     assert late.origin(0)["message"] == 2
     assert texts(made) == ["A: hi\n⟦B: ho\n⟧A: bye\nB: ⟦tschüs⟧"]
     assert [weight for *_, weight in made.spans(0)] == [1.0, 0.5]
+
+
+def test_segments_of_which_none_is_trained_are_counted_as_such(prepared: Any) -> None:
+    rows = [{"segments": [{"text": "a b", "train": False}] * number} for number in (1, 2)]
+    made = prepared([*rows, {"segments": [{"text": "a b", "train": True}]}])
+    assert made.counts["dropped"] == {"nothing in it is trained": 2}
+
+
+def test_a_text_of_one_token_has_nothing_that_something_predicts(prepared: Any) -> None:
+    rows = [{"segments": [{"text": text, "train": True}]} for text in ("a", "a b")]
+    made = prepared(rows)
+    assert made.counts["rows_dropped"] == made.counts["dropped"] == {"nothing in it is trained": 1}
+
+
+def test_rows_of_the_same_tokens_differ_by_what_is_trained(prepared: Any) -> None:
+    rows = [
+        {"segments": [{"text": "a", "train": False}, {"text": " b", "train": train}, {"text": " c", "train": True}]}
+        for train in (False, True, True, 0.5)
+    ]
+    made = prepared(rows)
+    assert len({tuple(made.sample(at)[0].tolist()) for at in range(4)}) == 1
+    hashes = made.array("hash").tolist()
+    assert len(set(hashes)) == 3 and hashes[1] == hashes[2]
+
+
+@pytest.mark.parametrize(
+    ("level", "reason"),
+    [
+        ("", "no level, which data.curriculum orders by"),
+        ("true", "a boolean in level"),
+        ('"3"', "a string in level"),
+        ("1e999", "level, which data.curriculum orders by, is larger than"),
+        ("-1" + "0" * 400, "level, which data.curriculum orders by, is larger than"),
+    ],
+)
+def test_a_curriculum_needs_a_number_in_each_row(prepared: Any, level: str, reason: str) -> None:
+    row = json.dumps(NONE)[:-1] + (f', "level": {level}}}' if level else "}")
+    settings = {"curriculum": {"by": "column", "column": "level"}}
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: {reason}"):
+        prepared([{**NONE, "level": 3}, row], **settings)
+    assert prepared([{**NONE, "level": -2.5}], **settings).array("key").tolist() == [-2.5]
 
 
 def test_what_is_fed_before_a_continuation_is_what_its_context_encodes_to(prepared: Any) -> None:

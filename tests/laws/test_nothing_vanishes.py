@@ -132,6 +132,15 @@ def test_a_sample_is_kept_whole_or_not_at_all(qwen3_folder: Path, make_run: Any,
         prepare(make_run(qwen3_folder, path, max_tokens=length - 1), "train")
 
 
+def test_the_shortest_of_the_samples_that_are_too_long_is_told(
+    qwen3_folder: Path, make_run: Any, write_rows: Any
+) -> None:
+    rows = [chat("Q", "word " * number) for number in (30, 20, 40)]
+    lengths = prepare(make_run(qwen3_folder, write_rows(rows)), "train").lengths_S
+    with pytest.raises(UserError, match=f"the shortest is {min(lengths)} tokens"):
+        prepare(make_run(qwen3_folder, write_rows(rows), max_tokens=20), "train")
+
+
 def test_nothing_left_to_train_on(qwen3_folder: Path, make_run: Any, write_rows: Any) -> None:
     nobody = write_rows([chat("Q"), chat("Q")], "nobody.jsonl")
     blank = write_rows(["", " "], "blank.jsonl")
