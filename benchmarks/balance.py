@@ -20,10 +20,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qwen_dist.config import Run
-from qwen_dist.data.balance import sample_costs
-from qwen_dist.data.prepare import prepare
-from qwen_dist.data.shard import StepPlan, plan_table
-from qwen_dist.data.table import table_of
+from qwen_dist.data.cache.prepare import prepare
+from qwen_dist.data.order.balance import sample_costs
+from qwen_dist.data.order.shard import StepPlan, plan_table
+from qwen_dist.data.order.table import table_of
 from qwen_dist.throughput import StepCost, model_shape, step_cost
 
 WAYS = (("full", 3), ("full", 2), ("lora", 2))  # method and ZeRO stage

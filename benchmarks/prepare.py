@@ -151,7 +151,7 @@ def _measured(arguments: argparse.Namespace) -> dict[str, float]:
 def _tokenizer_alone(arguments: argparse.Namespace) -> Any:
     from tokenizers import Tokenizer
 
-    from qwen_dist.data.tokenizer import load_tokenizer
+    from qwen_dist.data.encoding.tokenizer import load_tokenizer
 
     render = load_tokenizer(str(arguments.tokenizer)).render
     texts = [render(messages, tools=tools) for messages, tools in _conversations(arguments.data)]
@@ -201,8 +201,8 @@ def _with_generation(template: str) -> str:
 
 def _prepare(arguments: argparse.Namespace) -> Any:
     from qwen_dist.config import Run
-    from qwen_dist.data.prepare import prepare
-    from qwen_dist.data.tokenizer import load_tokenizer
+    from qwen_dist.data.cache.prepare import prepare
+    from qwen_dist.data.encoding.tokenizer import load_tokenizer
 
     load_tokenizer(str(arguments.tokenizer))
     output = arguments.work / "output"

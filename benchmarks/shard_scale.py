@@ -85,8 +85,8 @@ def plan_as_one_rank(folder: Path, ranks: int, packs_per_rank: int) -> dict[str,
     """Plan as rank 0 does; seconds, milliseconds and megabytes."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from qwen_dist.config import Run
-    from qwen_dist.data.shard import StepPlan, count_alone, plan_table
-    from qwen_dist.data.table import Table
+    from qwen_dist.data.order.shard import StepPlan, count_alone, plan_table
+    from qwen_dist.data.order.table import Table
     from qwen_dist.throughput import QWEN3_14B, step_cost
 
     run = Run.model_validate(

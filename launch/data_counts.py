@@ -16,7 +16,7 @@ from qwen_dist.config import Run
 from qwen_dist.run_dir import cache_dir
 
 if TYPE_CHECKING:
-    from qwen_dist.data.prepared import Prepared
+    from qwen_dist.data.cache.prepared import Prepared
 
 ESTIMATE_S = 0.5  # seconds until an estimate stops to look at rows; loading Qwen3's tokenizer takes 0.4 of them
 # A fingerprint reads every byte of files that are new, about 1 GB/s; beyond this even what is prepared is estimated.
@@ -29,10 +29,10 @@ MAX_COUNTED_ROWS = 2_000_000
 
 def exact_counts(run: Run, prepared: Prepared, held_out: Prepared | None) -> DataCounts:
     """Counts of prepared training data; of very large data some are close estimates, and marked so."""
-    from qwen_dist.data.mixture import make_mixture, row_hashes
-    from qwen_dist.data.mixture_counts import count_mixture
-    from qwen_dist.data.shard import plan_table
-    from qwen_dist.data.table import table_of
+    from qwen_dist.data.order.mixture import make_mixture, row_hashes
+    from qwen_dist.data.order.mixture_counts import count_mixture
+    from qwen_dist.data.order.shard import plan_table
+    from qwen_dist.data.order.table import table_of
 
     table, counts = table_of(prepared), prepared.counts
     is_dropped = held_out is not None and run.data.eval_in_train == "drop"
@@ -81,8 +81,8 @@ def quick_counts(run: Run) -> DataCounts:
     Raises:
         UserError: the data cannot be trained on.
     """
-    from qwen_dist.data.inputs import read_inputs
-    from qwen_dist.data.prepare import data_fingerprint, is_prepared, open_prepared
+    from qwen_dist.data.cache.inputs import read_inputs
+    from qwen_dist.data.cache.prepare import data_fingerprint, is_prepared, open_prepared
 
     deadline = time.monotonic() + ESTIMATE_S
     inputs = read_inputs(run, "train")

@@ -21,12 +21,12 @@ from qwen_dist.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from qwen_dist.data.files import DataFile
-    from qwen_dist.data.inputs import Inputs
-    from qwen_dist.data.part import Part
-    from qwen_dist.data.part_result import PartResult
-    from qwen_dist.data.table import Table
-    from qwen_dist.data.tokenizer import ChatTokenizer
+    from qwen_dist.data.cache.inputs import Inputs
+    from qwen_dist.data.cache.part import Part
+    from qwen_dist.data.cache.part_result import PartResult
+    from qwen_dist.data.encoding.tokenizer import ChatTokenizer
+    from qwen_dist.data.order.table import Table
+    from qwen_dist.data.reading.files import DataFile
 
 MIN_PARTS = 4
 MODEL_SAMPLES = 4096  # samples packed to learn how full packs get
@@ -78,7 +78,7 @@ def estimated_counts(run: Run, inputs: Inputs, deadline: float) -> DataCounts:
 def _encoded(part: Part, scale: float, tokenizer: ChatTokenizer, folder: Path) -> _Sample:
     import numpy as np
 
-    from qwen_dist.data.part import encode_part
+    from qwen_dist.data.cache.part import encode_part
 
     out = folder / f"{part.file_number}_{part.start}.npz"
     result = encode_part(part, tokenizer, out)
@@ -91,7 +91,7 @@ def _encoded(part: Part, scale: float, tokenizer: ChatTokenizer, folder: Path) -
 
 def _check(run: Run, files: list[DataFile], samples: Sequence[_Sample], is_exact: bool) -> None:
     """Refuse what `train` would refuse, as far as it was met."""
-    from qwen_dist.data.counts import check_results
+    from qwen_dist.data.cache.counts import check_results
 
     results = [sample.result for sample in samples]
     units = [file.unit for file in files]
@@ -105,9 +105,9 @@ def _check(run: Run, files: list[DataFile], samples: Sequence[_Sample], is_exact
 
 def _scaled(run: Run, samples: Sequence[_Sample], is_exact: bool) -> DataCounts:
     """Counts of all rows, as if the others were like those of the samples."""
-    from qwen_dist.data.mixture import make_mixture
-    from qwen_dist.data.mixture_counts import count_mixture
-    from qwen_dist.data.shard import plan_table
+    from qwen_dist.data.order.mixture import make_mixture
+    from qwen_dist.data.order.mixture_counts import count_mixture
+    from qwen_dist.data.order.shard import plan_table
 
     table = _table(samples)
     if is_exact:
@@ -134,7 +134,7 @@ def _scaled(run: Run, samples: Sequence[_Sample], is_exact: bool) -> DataCounts:
 
 def _of_mixture(run: Run, samples: Sequence[_Sample], table: Table) -> tuple[int, int]:
     """Tokens and trained tokens of an epoch, told from what is in each source, its limit, and its share or repeats."""
-    from qwen_dist.data.mixture import make_mixture, passes
+    from qwen_dist.data.order.mixture import make_mixture, passes
 
     sources = tuple(source.model_copy(update={"limit": None, "share": None}) for source in run.data.train)
     everything = run.data.model_copy(update={"train": sources})
@@ -164,7 +164,7 @@ def _packs_per_token(run: Run, table: Table) -> float:
     """How many packs a token of such samples needs, when there are many of them."""
     import numpy as np
 
-    from qwen_dist.data.shard import plan_table
+    from qwen_dist.data.order.shard import plan_table
 
     assert table.turns_S is not None and table.key_S is not None, "`_table` makes them"
     lengths_S = np.resize(np.diff(table.offsets_S1), MODEL_SAMPLES)
@@ -186,7 +186,7 @@ def _table(samples: Sequence[_Sample]) -> Table:
     """The samples' columns, as those of prepared data."""
     import numpy as np
 
-    from qwen_dist.data.table import Table
+    from qwen_dist.data.order.table import Table
 
     def column(name: str) -> np.ndarray:
         return np.concatenate([sample.arrays[name] for sample in samples])

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 from qwen_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from qwen_dist.data.files import DataFile
-    from qwen_dist.data.inputs import Inputs
-    from qwen_dist.data.part import Part
-    from qwen_dist.data.policy import Policy
+    from qwen_dist.data.cache.inputs import Inputs
+    from qwen_dist.data.cache.part import Part
+    from qwen_dist.data.encoding.policy import Policy
+    from qwen_dist.data.reading.files import DataFile
 
 ESTIMATE_PART_BYTES = 32 << 10
 # Files of other kinds than JSONL up to this size are read whole; of larger ones the first rows.
@@ -51,9 +51,9 @@ class Unit:
 
 def units_of(inputs: Inputs, folder: Path, deadline: float) -> list[Unit]:
     """Every part of plain and small files, and of each other file its beginning."""
-    from qwen_dist.data.convert import to_jsonl
-    from qwen_dist.data.files import parts_of
-    from qwen_dist.data.part import Part
+    from qwen_dist.data.cache.part import Part
+    from qwen_dist.data.reading.convert import to_jsonl
+    from qwen_dist.data.reading.files import parts_of
 
     units: list[Unit] = []
     for number, (file, policy) in enumerate(zip(inputs.files, inputs.policies, strict=True)):
@@ -84,7 +84,7 @@ def spread(units: list[Unit]) -> list[Unit]:
 
 def _beginning(file: DataFile, number: int, policy: Policy, folder: Path) -> tuple[Part, float]:
     """The first rows of a file as a part, and about how many times as many it holds."""
-    from qwen_dist.data.part import Part
+    from qwen_dist.data.cache.part import Part
 
     rows, num_rows = _first_rows(file, folder / f"{number}.head")
     sizes = list(accumulate(len(row) for row in rows))
@@ -100,9 +100,9 @@ def _first_rows(file: DataFile, copy: Path) -> tuple[list[bytes], float]:
     Args:
         copy: where the beginning of the file may be written.
     """
-    from qwen_dist.data.blocks import head
-    from qwen_dist.data.convert import numbered, table_rows_of
-    from qwen_dist.data.tables import load_dataset, parquet_file
+    from qwen_dist.data.reading.blocks import head
+    from qwen_dist.data.reading.convert import numbered, table_rows_of
+    from qwen_dist.data.reading.tables import load_dataset, parquet_file
 
     if file.kind in ("parquet", "dataset"):
         rows = [json.dumps(row, ensure_ascii=False).encode() for row in islice(table_rows_of(file), HEAD_ROWS)]

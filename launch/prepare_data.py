@@ -11,20 +11,20 @@ from qwen_dist.config import Run
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from qwen_dist.data.prepare import Done
-    from qwen_dist.data.prepared import Prepared
+    from qwen_dist.data.cache.prepare import Done
+    from qwen_dist.data.cache.prepared import Prepared
 
 QUIET_S = 2.0  # work that ends sooner says nothing
 PLAIN_EVERY_S = 10.0
 
 
 def prepare_shown(run: Run, split: Literal["train", "eval"], workers: int | None = None) -> Prepared:
-    """`qwen_dist.data.prepare.prepare`, its progress shown on stderr once it takes longer than two seconds.
+    """`qwen_dist.data.cache.prepare.prepare`, its progress shown on stderr once it takes longer than two seconds.
 
     Raises:
         UserError: as `prepare` does.
     """
-    from qwen_dist.data.prepare import prepare
+    from qwen_dist.data.cache.prepare import prepare
 
     if not sys.stderr.isatty():
         return prepare(run, split, workers=workers, progress=_PlainLines(split))

@@ -31,7 +31,7 @@ from qwen_dist.run_dir import RunDir, write_atomically, write_json
 from qwen_dist.shapes import check_config, is_local, read_config, require_weights
 
 if TYPE_CHECKING:
-    from qwen_dist.data.prepared import Prepared
+    from qwen_dist.data.cache.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Data:
 def _data_of(run: Run) -> _Data:
     """Tokenize the data; what lies on each node's own disk in a job is left to its ranks."""
     if run.cluster.kind == "slurm" and run.data.cache == "node":
-        from qwen_dist.data.prepare import data_fingerprint
+        from qwen_dist.data.cache.prepare import data_fingerprint
 
         eval_name = data_fingerprint(run, "eval") if run.data.eval else None
         return _Data({"train": data_fingerprint(run, "train"), "eval": eval_name}, None, quick_counts(run))
@@ -137,7 +137,7 @@ def _data_of(run: Run) -> _Data:
 
 def _check_model(run: Run) -> None:
     """Refuse a local model that the trainer would refuse; one of the hub is checked when it arrives."""
-    from qwen_dist.data.tokenizer import load_tokenizer
+    from qwen_dist.data.encoding.tokenizer import load_tokenizer
 
     path = run.model.path
     if is_local(path):
@@ -147,7 +147,7 @@ def _check_model(run: Run) -> None:
 
 def _prepare(run: Run) -> tuple[Prepared, Prepared | None]:
     """Tokenize training and held-out data, both or neither."""
-    from qwen_dist.data.prepare import data_fingerprint, forget, is_prepared
+    from qwen_dist.data.cache.prepare import data_fingerprint, forget, is_prepared
 
     if not run.data.eval:
         return prepare_shown(run, "train"), None

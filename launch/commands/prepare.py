@@ -51,7 +51,7 @@ def command(run_file: Path, overrides: tuple[str, ...], workers: int | None, as_
 
 def _prepare(run: Run, split: Literal["train", "eval"], workers: int | None) -> dict[str, Any]:
     from launch.prepare_data import prepare_shown
-    from qwen_dist.data.prepare import data_fingerprint, is_prepared
+    from qwen_dist.data.cache.prepare import data_fingerprint, is_prepared
     from qwen_dist.run_dir import cache_dir
 
     # Without a cache there is nowhere to remember the files' digests: they would be read twice.

@@ -17,7 +17,7 @@ from launch.inspect.tokens import visible
 from qwen_dist.errors import counted
 
 if TYPE_CHECKING:
-    from qwen_dist.data.messages import Conversation
+    from qwen_dist.data.formats.messages import Conversation
 
 NUM_SHOWN = 20  # findings of one rule in train or eval, or in one source; the rest is counted
 # Rows whose prompts are rendered again; all of them where there are no more. A row takes about a millisecond.
@@ -191,8 +191,8 @@ def _texts_without_end(split: SplitData) -> Iterator[Finding]:
 
 
 def _roles(split: SplitData) -> Iterator[Finding]:
-    from qwen_dist.data.messages import RawText
-    from qwen_dist.data.rows import BadRow
+    from qwen_dist.data.formats.messages import RawText
+    from qwen_dist.data.reading.rows import BadRow
 
     for file in range(len(split.prepared.files)):
         if not split.is_chat(file):

@@ -19,12 +19,12 @@ from qwen_dist.config import Run, Source
 if TYPE_CHECKING:
     import numpy as np
 
-    from qwen_dist.data.files import DataFile
-    from qwen_dist.data.inputs import Inputs
-    from qwen_dist.data.messages import Conversation, RawText
-    from qwen_dist.data.policy import Policy
-    from qwen_dist.data.prepared import Prepared
-    from qwen_dist.data.tokenizer import ChatTokenizer
+    from qwen_dist.data.cache.inputs import Inputs
+    from qwen_dist.data.cache.prepared import Prepared
+    from qwen_dist.data.encoding.policy import Policy
+    from qwen_dist.data.encoding.tokenizer import ChatTokenizer
+    from qwen_dist.data.formats.messages import Conversation, RawText
+    from qwen_dist.data.reading.files import DataFile
 
 Split = Literal["train", "eval"]
 WHOLE_FILE = 1 << 62  # bytes of a part that no file reaches
@@ -57,7 +57,7 @@ class SplitData:
     @cached_property
     def inputs(self) -> Inputs:
         """Its files, in the order of `prepared.files`, with their policies and the tokenizer."""
-        from qwen_dist.data.inputs import read_inputs
+        from qwen_dist.data.cache.inputs import read_inputs
 
         return read_inputs(self.run, self.split)
 
@@ -79,7 +79,7 @@ class SplitData:
 
     def shown_place(self, place: Place) -> str:
         """`chat.jsonl:12`, as a user reads it."""
-        from qwen_dist.data.rows import place as shown_place
+        from qwen_dist.data.reading.rows import place as shown_place
 
         file = self.prepared.files[place.file]
         return shown_place(file["path"], file["unit"], place.number)
@@ -98,7 +98,7 @@ class SplitData:
     @cached_property
     def repeated_R(self) -> np.ndarray:
         """Of each row with samples, whether it repeats an earlier one exactly."""
-        from qwen_dist.data.mixture import repeats_earlier
+        from qwen_dist.data.order.mixture import repeats_earlier
 
         return repeats_earlier(self.hashes_R)
 
@@ -129,7 +129,7 @@ class SplitData:
 
     def rows_of(self, file: int, end: int | None = None) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
         """(place, content) of a file's rows up to place `end`; blank lines are no rows."""
-        from qwen_dist.data.files import parts_of, read_rows
+        from qwen_dist.data.reading.files import parts_of, read_rows
 
         jsonl = self.jsonl_of(file)
         for first, last in parts_of(self.inputs.files[file], jsonl, WHOLE_FILE):
@@ -151,8 +151,8 @@ class SplitData:
         Raises:
             BadRow: the row is malformed.
         """
-        from qwen_dist.data.normal import normal_form
-        from qwen_dist.data.rows import parse_row
+        from qwen_dist.data.encoding.normal import normal_form
+        from qwen_dist.data.reading.rows import parse_row
 
         return normal_form(content if isinstance(content, dict) else parse_row(content), self.policy(file))
 
@@ -184,7 +184,7 @@ def open_dataset(run: Run) -> Iterator[Dataset]:
 
 
 def _converted(file: DataFile, out: Path) -> Path | None:
-    from qwen_dist.data.files import is_readable_in_place, to_jsonl
+    from qwen_dist.data.reading.files import is_readable_in_place, to_jsonl
 
     if is_readable_in_place(file):
         return None

@@ -13,8 +13,8 @@ from qwen_dist.config import Run
 if TYPE_CHECKING:
     import numpy as np
 
-    from qwen_dist.data.mixture_counts import Unit
-    from qwen_dist.data.shard import StepPlan
+    from qwen_dist.data.order.mixture_counts import Unit
+    from qwen_dist.data.order.shard import StepPlan
 
 NUM_BINS = 24  # of a length histogram
 NUM_PLACES = 20  # named for duplicates and held-out rows; the rest is counted
@@ -27,13 +27,13 @@ def numbers_of(dataset: Dataset) -> dict[str, Any]:
     """Everything that `inspect` counts.
 
     Returns:
-        train and eval: the counts of `qwen_dist.data.counts`, and in each of their sources lengths, turns, unread
+        train and eval: the counts of `qwen_dist.data.cache.counts`, and in each of their sources lengths, turns, unread
         keys, duplicates and held-out rows besides; packing; mixture.
 
     Raises:
         UserError: nothing is left to train on.
     """
-    from qwen_dist.data.shard import plan_run
+    from qwen_dist.data.order.shard import plan_run
 
     held_out = dataset.held_out
     plan = plan_run(dataset.run, dataset.train.prepared, held_out.prepared if held_out else None)
@@ -54,7 +54,7 @@ def world_size_of_run(run: Run) -> int:
 
 def rows_held_out(train: SplitData, held_out: SplitData) -> np.ndarray:
     """Of each training row, whether it is a held-out row, too: bool [R]."""
-    from qwen_dist.data.mixture import is_among
+    from qwen_dist.data.order.mixture import is_among
 
     return is_among(train.hashes_R, held_out.hashes_R)
 
@@ -186,7 +186,7 @@ def _balance(run: Run, plan: StepPlan) -> dict[str, Any] | None:
 
 def _mixture(dataset: Dataset, plan: StepPlan) -> list[dict[str, Any]] | None:
     """What each source is of the first epoch, in three units; None: there is one source, each row once."""
-    from qwen_dist.data.mixture_counts import count_mixture
+    from qwen_dist.data.order.mixture_counts import count_mixture
 
     sources, share_unit = dataset.run.data.train, dataset.run.data.share_unit
     if len(sources) == 1 and not sources[0].model_fields_set & {"share", "repeat", "limit"}:

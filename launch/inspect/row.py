@@ -18,7 +18,7 @@ from qwen_dist.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qwen_dist.data.part_result import PartResult
+    from qwen_dist.data.cache.part_result import PartResult
 
 
 def show_row(console: Console, dataset: Dataset, wanted: str) -> None:
@@ -100,7 +100,7 @@ def became(split: SplitData, place: Place) -> PartResult:
     """What the pipeline makes of one row alone."""
     import json
 
-    from qwen_dist.data.part import Part, encode_part
+    from qwen_dist.data.cache.part import Part, encode_part
 
     content = split.read([place])[place]
     line = json.dumps(content).encode() if isinstance(content, dict) else content

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from launch.inspect.dataset import SplitData
-    from qwen_dist.data.messages import Conversation, Message, RawText
-    from qwen_dist.data.tokenizer import ChatTokenizer
+    from qwen_dist.data.encoding.tokenizer import ChatTokenizer
+    from qwen_dist.data.formats.messages import Conversation, Message, RawText
 
 NO_MESSAGE = 1 << 62  # behind every message
 THINKING = {"plain": None, "think": True, "no_think": False}
@@ -44,7 +44,7 @@ class Served:
 
 def served_turns(split: SplitData, index: int, form: Conversation | RawText) -> list[Served]:
     """What serving feeds for each trained turn of sample number `index`, whose row is `form`."""
-    from qwen_dist.data.messages import RawText
+    from qwen_dist.data.formats.messages import RawText
 
     ids_T = split.prepared.sample(index)[0].tolist()
     spans = [(start, end) for start, end, _ in split.prepared.spans(index)]
@@ -161,7 +161,7 @@ def _compared(message: int, prompt_T: list[int], ids_T: list[int], start: int | 
 
 def _mark(text: str, tokenizer: ChatTokenizer, special_tokens: str) -> str:
     """A character that the text lacks, where it names special tokens that are to stay text; else ""."""
-    from qwen_dist.data.spans import MARKS
+    from qwen_dist.data.encoding.spans import MARKS
 
     if special_tokens == "allow" or not tokenizer.special_in(text):
         return ""
@@ -177,7 +177,7 @@ def _tokenizer_of(folder: Path) -> Tokenizer:
 
 
 def _encoded(text: str, tokenizer: ChatTokenizer, mark: str) -> list[int]:
-    from qwen_dist.data.tokenizer import join_pieces
+    from qwen_dist.data.encoding.tokenizer import join_pieces
 
     if not mark:
         return _tokenizer_of(tokenizer.folder).encode(text, add_special_tokens=False).ids

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qwen_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from qwen_dist.data.prepared import Prepared
-    from qwen_dist.data.tokenizer import ChatTokenizer
+    from qwen_dist.data.cache.prepared import Prepared
+    from qwen_dist.data.encoding.tokenizer import ChatTokenizer
 
 # Control characters of user text would move the cursor: shown as their Unicode pictures instead.
 VISIBLE = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)} | {127: "\u2421"}

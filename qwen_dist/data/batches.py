@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_dist.data.prepared import NOT_TRAINED
+from qwen_dist.data.cache.prepared import NOT_TRAINED
 
 
 class Samples(Protocol):

@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qwen_dist.config import Run
-from qwen_dist.data.prepared import open_prepared
-from qwen_dist.data.tokenizer import ChatTokenizer, load_tokenizer
+from qwen_dist.data.cache.prepared import open_prepared
+from qwen_dist.data.encoding.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_dist.errors import UserError
 from qwen_dist.export.consolidate import adapted_model, choose_checkpoint, full_model, read_weights, step_of
 from qwen_dist.export.hf_folder import RECORD, default_mode, replacing, write_model, write_tokenizer

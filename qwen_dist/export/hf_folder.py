@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from qwen_dist.data.tokenizer import PAD_TOKEN, STOP_TOKEN, ChatTokenizer
+from qwen_dist.data.encoding.tokenizer import PAD_TOKEN, STOP_TOKEN, ChatTokenizer
 from qwen_dist.errors import UserError
 from qwen_dist.run_dir import fsync_folder, write_json
 from qwen_dist.serve.sampling import Mode, sampling_of

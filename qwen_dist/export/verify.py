@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qwen_dist.data.tokenizer import ChatTokenizer
+from qwen_dist.data.encoding.tokenizer import ChatTokenizer
 from qwen_dist.errors import RunFailed
 
 MAX_TOKENS = 256  # of the sample whose logits are compared: 7 TFLOP a forward pass for a 14B model

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
-from qwen_dist.data.spans import prompt_ids
-from qwen_dist.data.tokenizer import ChatTokenizer, load_tokenizer
+from qwen_dist.data.encoding.spans import prompt_ids
+from qwen_dist.data.encoding.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_dist.errors import EnvironmentNotReady, UserError
 from qwen_dist.run_dir import RunDir
 from qwen_dist.serve.sampling import Mode, sampling_of

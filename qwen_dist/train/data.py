@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 
 from qwen_dist.config import Run
-from qwen_dist.data.inputs import Split
-from qwen_dist.data.prepare import Done, Prepared, is_prepared, open_prepared, prepare
+from qwen_dist.data.cache.inputs import Split
+from qwen_dist.data.cache.prepare import Done, Prepared, is_prepared, open_prepared, prepare
 from qwen_dist.errors import UserError, counted
 from qwen_dist.log import get_logger
 from qwen_dist.train.world import local_world_size, rank_environment

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qwen_dist.data.batches import build_micro_batch
-from qwen_dist.data.prepare import Prepared
-from qwen_dist.data.shard import StepPlan
+from qwen_dist.data.cache.prepare import Prepared
+from qwen_dist.data.order.shard import StepPlan
 from qwen_dist.train.engine import Engine
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_dist.data.batches import MicroBatch, build_micro_batch
-from qwen_dist.data.prepare import Prepared
-from qwen_dist.data.shard import StepPlan
+from qwen_dist.data.cache.prepare import Prepared
+from qwen_dist.data.order.shard import StepPlan
 from qwen_dist.train.world import World
 
 STEPS_AHEAD = 2

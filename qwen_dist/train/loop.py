@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from qwen_dist.config import Run
-from qwen_dist.data.ledger import Ledger
-from qwen_dist.data.prepare import Prepared
-from qwen_dist.data.shard import StepPlan
+from qwen_dist.data.cache.prepare import Prepared
+from qwen_dist.data.order.ledger import Ledger
+from qwen_dist.data.order.shard import StepPlan
 from qwen_dist.errors import RunFailed
 from qwen_dist.report.reporter import Reporter
 from qwen_dist.run_dir import RunDir

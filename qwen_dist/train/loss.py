@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qwen_dist.data.prepared import NOT_TRAINED
+from qwen_dist.data.cache.prepared import NOT_TRAINED
 
 # Rows of logits turned to fp32 at a time: 256 x 151,936 x 4 bytes = 156 MB, whatever max_tokens is.
 CHUNK_ROWS = 256

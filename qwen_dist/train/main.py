@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from qwen_dist.config import Run
-from qwen_dist.data.ledger import Ledger
-from qwen_dist.data.shard import plan_evaluation, plan_run
-from qwen_dist.data.tokenizer import load_tokenizer
+from qwen_dist.data.encoding.tokenizer import load_tokenizer
+from qwen_dist.data.order.ledger import Ledger
+from qwen_dist.data.order.shard import plan_evaluation, plan_run
 from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
 from qwen_dist.log import get_logger, log_to_file, start_logging
 from qwen_dist.report.reporter import Reporter

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qwen_dist.config import Run
-from qwen_dist.data.table import Table
+from qwen_dist.data.order.table import Table
 from qwen_dist.throughput import StepCost
 
 # A sample's length decides most of its cost, its square some, its trained tokens a little: as in a real model.

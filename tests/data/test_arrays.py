@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_dist.config import Source
-from qwen_dist.data import arrays, blocks
-from qwen_dist.data.arrays import elements
-from qwen_dist.data.delimited import csv_rows
-from qwen_dist.data.files import find_files, to_jsonl
-from qwen_dist.data.rows import BadRow, parse_row, read_lines
+from qwen_dist.data.reading import arrays, blocks
+from qwen_dist.data.reading.arrays import elements
+from qwen_dist.data.reading.delimited import csv_rows
+from qwen_dist.data.reading.files import find_files, to_jsonl
+from qwen_dist.data.reading.rows import BadRow, parse_row, read_lines
 from qwen_dist.errors import UserError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_dist.data.chunks import CHUNK_MARK, MIN_MESSAGES, Beginnings
-from qwen_dist.data.render import Render, compile_template
-from qwen_dist.data.rows import BadRow
-from qwen_dist.data.tokenizer import load_tokenizer
+from qwen_dist.data.encoding.chunks import CHUNK_MARK, MIN_MESSAGES, Beginnings
+from qwen_dist.data.encoding.render import Render, compile_template
+from qwen_dist.data.encoding.tokenizer import load_tokenizer
+from qwen_dist.data.reading.rows import BadRow
 
 PROVEN = {"qwen25": True, "qwen3_instruct": True, "qwen3": False, "qwen3_base": False, "qwen3_thinking": False}
 

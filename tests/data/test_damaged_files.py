@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from qwen_dist.data import files
-from qwen_dist.data.files import first_rows, is_readable_in_place, to_jsonl
-from qwen_dist.data.rows import BadRow, parse_row, row_hash
+from qwen_dist.data.reading import files
+from qwen_dist.data.reading.files import first_rows, is_readable_in_place, to_jsonl
+from qwen_dist.data.reading.rows import BadRow, parse_row, row_hash
 from qwen_dist.errors import UserError
 from tests.data.test_files import ARRAY, JSONL, ROWS, csv_of, one, parquet, zstd
 

@@ -19,9 +19,9 @@ import pytest
 import zstandard
 
 from qwen_dist.config import Source
-from qwen_dist.data import files
-from qwen_dist.data.files import DataFile, find_files, first_rows, is_readable_in_place, to_jsonl
-from qwen_dist.data.rows import parse_row
+from qwen_dist.data.reading import files
+from qwen_dist.data.reading.files import DataFile, find_files, first_rows, is_readable_in_place, to_jsonl
+from qwen_dist.data.reading.rows import parse_row
 from qwen_dist.errors import UserError
 
 ROWS: list[dict[str, Any]] = [
@@ -209,7 +209,7 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 from qwen_dist.config import Source
-from qwen_dist.data.files import find_files, first_rows, to_jsonl
+from qwen_dist.data.reading.files import find_files, first_rows, to_jsonl
 (file,) = find_files([Source(path=sys.argv[1])])
 first_rows(file)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

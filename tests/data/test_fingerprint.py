@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from qwen_dist.config import Curriculum, Data, Run, Source, SystemMessage, SystemText, TextSplit
-from qwen_dist.data.prepare import data_fingerprint
+from qwen_dist.data.cache.prepare import data_fingerprint
 from tests.data.test_policies import chat, with_system
 
 CHATS = [{**with_system("S", chat("Q", "A", "Q2", "A2")), "level": 1, "other": 2}]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from qwen_dist.config import Source
-from qwen_dist.data.columns import keys_of, reached
-from qwen_dist.data.formats import detect_format, read_row, settings_without_effect, unread_keys
-from qwen_dist.data.messages import Conversation, Message, RawText, Segment
-from qwen_dist.data.rows import BadRow, parse_row
+from qwen_dist.data.formats.columns import keys_of, reached
+from qwen_dist.data.formats.formats import detect_format, read_row, settings_without_effect, unread_keys
+from qwen_dist.data.formats.messages import Conversation, Message, RawText, Segment
+from qwen_dist.data.reading.rows import BadRow, parse_row
 from qwen_dist.errors import UserError
 
 CALL = {"name": "f", "arguments": {"x": 1}}

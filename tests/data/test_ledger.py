@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_dist.data.check_ledger import main as check_main
-from qwen_dist.data.ledger import Ledger, Record, check_ledger, check_records, read_ledger
-from qwen_dist.data.prepare import prepare
-from qwen_dist.data.shard import StepPlan, plan_run, plan_table
+from qwen_dist.data.cache.prepare import prepare
+from qwen_dist.data.order.check_ledger import main as check_main
+from qwen_dist.data.order.ledger import Ledger, Record, check_ledger, check_records, read_ledger
+from qwen_dist.data.order.shard import StepPlan, plan_run, plan_table
 from qwen_dist.run_dir import RunDir
 from tests.data.tables import COST, run_of, table_of_lengths
 

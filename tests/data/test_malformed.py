@@ -17,10 +17,10 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from qwen_dist.config import Source
-from qwen_dist.data.columns import NEEDED, OPTIONAL, keys_of
-from qwen_dist.data.formats import detect_format, read_row, unread_keys
-from qwen_dist.data.messages import MESSAGE_KEYS, WEIGHT_KEYS, Conversation, Message, RawText
-from qwen_dist.data.rows import BadRow, parse_row
+from qwen_dist.data.formats.columns import NEEDED, OPTIONAL, keys_of
+from qwen_dist.data.formats.formats import detect_format, read_row, unread_keys
+from qwen_dist.data.formats.messages import MESSAGE_KEYS, WEIGHT_KEYS, Conversation, Message, RawText
+from qwen_dist.data.reading.rows import BadRow, parse_row
 from qwen_dist.errors import UserError
 
 USER = {"role": "user", "content": "Q"}

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_dist.config import Source
-from qwen_dist.data.epoch import make_epoch
-from qwen_dist.data.mixture import Mixture, held_out_mixture, make_mixture
-from qwen_dist.data.mixture_counts import count_mixture
-from qwen_dist.data.table import Table
+from qwen_dist.data.order.epoch import make_epoch
+from qwen_dist.data.order.mixture import Mixture, held_out_mixture, make_mixture
+from qwen_dist.data.order.mixture_counts import count_mixture
+from qwen_dist.data.order.table import Table
 from qwen_dist.errors import UserError
 from tests.data.tables import run_of, table_of_lengths
 

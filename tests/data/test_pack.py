@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_dist.data.pack import WINDOW_PACKS, count_packs, pack_window
-from qwen_dist.data.prepare import prepare
-from qwen_dist.data.shard import plan_run, plan_table
+from qwen_dist.data.cache.prepare import prepare
+from qwen_dist.data.order.pack import WINDOW_PACKS, count_packs, pack_window
+from qwen_dist.data.order.shard import plan_run, plan_table
 from tests.data.tables import COST, run_of, table_of_lengths
 
 

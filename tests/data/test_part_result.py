@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from qwen_dist.data import part_result
-from qwen_dist.data.part_result import MALFORMED, NUM_PLACES, TOO_LONG, PartResult
+from qwen_dist.data.cache import part_result
+from qwen_dist.data.cache.part_result import MALFORMED, NUM_PLACES, TOO_LONG, PartResult
 
 
 def test_places_are_few_and_each_is_named_once() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from qwen_dist.data.part_result import MALFORMED, TOO_LONG
-from qwen_dist.data.prepare import prepare
-from qwen_dist.data.prepared import NOT_TRAINED, Prepared
-from qwen_dist.data.tokenizer import load_tokenizer
+from qwen_dist.data.cache.part_result import MALFORMED, TOO_LONG
+from qwen_dist.data.cache.prepare import prepare
+from qwen_dist.data.cache.prepared import NOT_TRAINED, Prepared
+from qwen_dist.data.encoding.tokenizer import load_tokenizer
 from qwen_dist.errors import UserError
 
 USER, ANSWER, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"

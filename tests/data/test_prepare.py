@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from qwen_dist.config import Run, Source
-from qwen_dist.data import claims, workers
-from qwen_dist.data import prepare as prepare_module
-from qwen_dist.data.claims import claimed
-from qwen_dist.data.part_result import MALFORMED, NO_ASSISTANT_TURN
-from qwen_dist.data.prepare import Done, data_fingerprint, open_prepared, prepare
-from qwen_dist.data.rows import shown
-from qwen_dist.data.sources import find_files
-from qwen_dist.data.tokenizer import load_tokenizer
-from qwen_dist.data.workers import Task
+from qwen_dist.data.cache import claims, workers
+from qwen_dist.data.cache import prepare as prepare_module
+from qwen_dist.data.cache.claims import claimed
+from qwen_dist.data.cache.part_result import MALFORMED, NO_ASSISTANT_TURN
+from qwen_dist.data.cache.prepare import Done, data_fingerprint, open_prepared, prepare
+from qwen_dist.data.cache.workers import Task
+from qwen_dist.data.encoding.tokenizer import load_tokenizer
+from qwen_dist.data.reading.rows import shown
+from qwen_dist.data.reading.sources import find_files
 from qwen_dist.errors import EnvironmentNotReady, UserError
 from tests.conftest import REPO
 
@@ -133,7 +133,7 @@ def test_parts_of_a_file_that_changed_are_not_gone_on_with(run: Run) -> None:
     before = path.read_bytes()
     code = (
         "import sys; from pathlib import Path; from qwen_dist.config import Run\n"
-        "from qwen_dist.data import prepare, workers\n"
+        "from qwen_dist.data.cache import prepare, workers\n"
         "run = Run.model_validate_json(sys.argv[1]); encode = workers.encode_part\n"
         "def changed(*rest):\n"
         "    path = Path(run.data.train[0].path); path.write_bytes(path.read_bytes().replace(b'Answer', b'Lie'))\n"
@@ -161,7 +161,7 @@ def test_a_full_disk_is_told_and_what_is_done_is_kept(qwen3_folder: Path, make_r
     run = make_run(qwen3_folder, write_rows(ROWS * 10))
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2);"
-        "from qwen_dist.config import Run; from qwen_dist.data import prepare;"
+        "from qwen_dist.config import Run; from qwen_dist.data.cache import prepare;"
         "prepare.PART_BYTES = 500;"
         "prepare.prepare(Run.model_validate_json(sys.argv[1]), 'train', workers=1)"
     )
@@ -180,7 +180,7 @@ def test_a_full_disk_is_told_and_what_is_done_is_kept(qwen3_folder: Path, make_r
 
 def test_workers_end_with_a_parent_that_is_killed(run: Run, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from qwen_dist.config import Run; from qwen_dist.data import prepare;"
+        "import sys, time; from qwen_dist.config import Run; from qwen_dist.data.cache import prepare;"
         "prepare.PART_BYTES = 500;"
         "prepare.prepare(Run.model_validate_json(sys.argv[1]), 'train', workers=2, progress=lambda *_: time.sleep(60))"
     )
@@ -230,7 +230,7 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
 
 
 ONE_BY_ONE = (
-    "import sys, time; from qwen_dist.config import Run; from qwen_dist.data import prepare;"
+    "import sys, time; from qwen_dist.config import Run; from qwen_dist.data.cache import prepare;"
     "prepare.PART_BYTES = 500;"
     "prepare.prepare(Run.model_validate_json(sys.argv[1]), 'train', workers=1, progress=lambda done: ({}))"
 )
@@ -274,7 +274,7 @@ def test_another_starter_that_ends_first_wins(run: Run, monkeypatch: pytest.Monk
 def test_starters_at_the_same_time_share_the_work(run: Run) -> None:
     """Four at once, each with a place of its own to begin at: every part is made once."""
     code = (
-        "import sys, time; from qwen_dist.config import Run; from qwen_dist.data import prepare, workers;"
+        "import sys, time; from qwen_dist.config import Run; from qwen_dist.data.cache import prepare, workers;"
         "prepare.PART_BYTES = 300; encode = workers.encode_part\n"
         "def counted(part, *rest): print('made', part.number); time.sleep(0.1); return encode(part, *rest)\n"
         "workers.encode_part = counted\n"
@@ -421,7 +421,7 @@ def test_a_claim_is_renewed_while_the_work_lasts(tmp_path: Path, monkeypatch: py
 
 
 def test_bytes_of_unchanged_files_are_read_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen_dist.data import inputs
+    from qwen_dist.data.cache import inputs
 
     name = prepare(run, "train").fingerprint
     with monkeypatch.context() as patched:

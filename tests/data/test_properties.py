@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_dist.config import Run
-from qwen_dist.data import prepare as prepare_module
-from qwen_dist.data.part_result import MALFORMED, NO_ASSISTANT_TURN, NO_TRAINED_TOKEN, TOO_LONG
-from qwen_dist.data.prepare import prepare
-from qwen_dist.data.prepared import NOT_TRAINED, Prepared
-from qwen_dist.data.tokenizer import ChatTokenizer, load_tokenizer
+from qwen_dist.data.cache import prepare as prepare_module
+from qwen_dist.data.cache.part_result import MALFORMED, NO_ASSISTANT_TURN, NO_TRAINED_TOKEN, TOO_LONG
+from qwen_dist.data.cache.prepare import prepare
+from qwen_dist.data.cache.prepared import NOT_TRAINED, Prepared
+from qwen_dist.data.encoding.tokenizer import ChatTokenizer, load_tokenizer
 
 START, STOP, EMPTY = "<|im_start|>", "<|im_end|>", "<think>\n\n</think>\n\n"
 BAD = "{"

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from jinja2.runtime import LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qwen_dist.data.render import _Environment, _Namespace, compile_template
-from qwen_dist.data.rows import BadRow
-from qwen_dist.data.tokenizer import load_tokenizer
+from qwen_dist.data.encoding.render import _Environment, _Namespace, compile_template
+from qwen_dist.data.encoding.tokenizer import load_tokenizer
+from qwen_dist.data.reading.rows import BadRow
 
 MODELS = ["qwen3", "qwen3_base", "qwen25", "qwen3_thinking", "qwen3_instruct"]
 

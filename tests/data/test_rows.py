@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_dist.data.rows import BadRow, byte_parts, parse_row, read_lines, row_hash
+from qwen_dist.data.reading.rows import BadRow, byte_parts, parse_row, read_lines, row_hash
 
 LINES = st.lists(st.binary(max_size=6).map(lambda raw: raw.replace(b"\n", b"x")), min_size=1, max_size=12)
 

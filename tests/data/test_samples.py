@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qwen_dist.data.samples import Sample, samples_of
-from qwen_dist.data.spans import Turn
+from qwen_dist.data.encoding.samples import Sample, samples_of
+from qwen_dist.data.encoding.spans import Turn
 
 IDS = {text: [number] for number, text in enumerate("abcdef")}
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_dist.data.balance import even_out, share_out
-from qwen_dist.data.prepare import prepare
-from qwen_dist.data.shard import StepPlan, plan_evaluation, plan_run, plan_table
-from qwen_dist.data.shuffle import words
-from qwen_dist.data.table import Table
+from qwen_dist.data.cache.prepare import prepare
+from qwen_dist.data.order.balance import even_out, share_out
+from qwen_dist.data.order.shard import StepPlan, plan_evaluation, plan_run, plan_table
+from qwen_dist.data.order.shuffle import words
+from qwen_dist.data.order.table import Table
 from qwen_dist.errors import UserError
 from qwen_dist.throughput import QWEN3_14B, step_cost
 from tests.data.tables import COST, run_of, table_of_lengths
@@ -88,7 +88,7 @@ def shared_tables(
     qwen3_folder: Path, shared_data: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Table, int]]:
     """Real conversations, tokenized: short ones, and longer ones with tools and reasoning."""
-    from qwen_dist.data.table import table_of
+    from qwen_dist.data.order.table import table_of
 
     short = ["alpaca_en_demo.jsonl", "alpaca_zh_demo.jsonl", "gsm8k_train.jsonl"]
     long = ["glaive_toolcall_en_demo.jsonl", "derived_gsm8k_think.jsonl", "v1_sft_demo.jsonl"]

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_dist.data.shuffle import Permutation, shuffled
+from qwen_dist.data.order.shuffle import Permutation, shuffled
 
 
 @settings(deadline=None)

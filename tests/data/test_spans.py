@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from qwen_dist.data.messages import Conversation, Message
-from qwen_dist.data.policy import Policy, policy_of
-from qwen_dist.data.rows import BadRow
-from qwen_dist.data.spans import turns_of
-from qwen_dist.data.tokenizer import load_tokenizer
+from qwen_dist.data.encoding.policy import Policy, policy_of
+from qwen_dist.data.encoding.spans import turns_of
+from qwen_dist.data.encoding.tokenizer import load_tokenizer
+from qwen_dist.data.formats.messages import Conversation, Message
+from qwen_dist.data.reading.rows import BadRow
 
 USER = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
 END = "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"

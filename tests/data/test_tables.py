@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from qwen_dist.config import Source
-from qwen_dist.data import files
-from qwen_dist.data.files import DataFile, find_files, first_rows, to_jsonl
-from qwen_dist.data.rows import parse_row, read_lines, row_hash
-from qwen_dist.data.tables import load_dataset
+from qwen_dist.data.reading import files
+from qwen_dist.data.reading.files import DataFile, find_files, first_rows, to_jsonl
+from qwen_dist.data.reading.rows import parse_row, read_lines, row_hash
+from qwen_dist.data.reading.tables import load_dataset
 from qwen_dist.errors import UserError
 
 MIXED: list[dict[str, Any]] = [

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_dist.config import TextSplit
-from qwen_dist.data.messages import RawText, Segment
-from qwen_dist.data.texts import cut_place, read_text, sentence_ends
+from qwen_dist.data.formats.messages import RawText, Segment
+from qwen_dist.data.formats.texts import cut_place, read_text, sentence_ends
 
 ENGLISH = (
     'Mr. J. Smith paid 3.14 dollars, i.e. 1,000 cents. He didn\'t like it!  \n\n  "Why?" she asked. '

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_dist.config import Source
-from qwen_dist.data.formats import detect_format, read_row
-from qwen_dist.data.spans import _for_template
-from qwen_dist.data.tokenizer import load_tokenizer
+from qwen_dist.data.encoding.spans import _for_template
+from qwen_dist.data.encoding.tokenizer import load_tokenizer
+from qwen_dist.data.formats.formats import detect_format, read_row
 from qwen_dist.errors import UserError
 
 MODELS = ["qwen3", "qwen3_base", "qwen25"]

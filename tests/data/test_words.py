@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from qwen_dist.data import words
-from qwen_dist.data.words import WordEncoder, ascii_words, has_qwen_words
+from qwen_dist.data.encoding import words
+from qwen_dist.data.encoding.words import WordEncoder, ascii_words, has_qwen_words
 
 # One character of each kind that the words' expression tells apart, and those on which the two dialects could differ.
 KINDS = "asT1'. \n\r\t\v\x1c\x00"

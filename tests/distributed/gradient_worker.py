@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
 from qwen_dist.data.batches import build_micro_batch
-from qwen_dist.data.prepared import NOT_TRAINED
+from qwen_dist.data.cache.prepared import NOT_TRAINED
 from qwen_dist.train.engine import make_engine
 from qwen_dist.train.world import World, exit_at_once, start_world
 

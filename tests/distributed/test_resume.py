@@ -94,7 +94,7 @@ def assert_tracked(run_dir: Path) -> None:
 
 def assert_ledger(run_dir: Path, num_attempts: int) -> None:
     """Every step of the plan saw exactly its samples, and every whole epoch each of its own once."""
-    command = [sys.executable, "-m", "qwen_dist.data.check_ledger", str(run_dir)]
+    command = [sys.executable, "-m", "qwen_dist.data.order.check_ledger", str(run_dir)]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     ranks = " then ".join(["2"] * num_attempts)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout

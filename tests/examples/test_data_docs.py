@@ -32,10 +32,10 @@ from pydantic import BaseModel
 from launch.cli import group, main
 from launch.run_file import load_run
 from qwen_dist.config import Curriculum, Data, Source, SystemMessage, TextSplit
-from qwen_dist.data.prepare import prepare
-from qwen_dist.data.prepared import NOT_TRAINED, Prepared
-from qwen_dist.data.rows import place, shown
-from qwen_dist.data.tokenizer import ChatTokenizer, load_tokenizer
+from qwen_dist.data.cache.prepare import prepare
+from qwen_dist.data.cache.prepared import NOT_TRAINED, Prepared
+from qwen_dist.data.encoding.tokenizer import ChatTokenizer, load_tokenizer
+from qwen_dist.data.reading.rows import place, shown
 from qwen_dist.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]

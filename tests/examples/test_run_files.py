@@ -9,7 +9,7 @@ import pytest
 
 from launch.run_file import load_run
 from qwen_dist.batch_math import plan_batch
-from qwen_dist.data.prepare import prepare
+from qwen_dist.data.cache.prepare import prepare
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RUN_FILES = sorted(EXAMPLES.rglob("*.yaml"))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3MoeConfig
 from launch.hosts import free_port, trainer_argv
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
-from qwen_dist.data.prepare import prepare
+from qwen_dist.data.cache.prepare import prepare
 from qwen_dist.run_dir import RunDir, write_json
 from tests.serve.tiny_model import tiny_config, write_tokenizer
 

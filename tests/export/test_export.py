@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_dist.config import Run
-from qwen_dist.data.prepare import open_prepared
+from qwen_dist.data.cache.prepare import open_prepared
 from qwen_dist.errors import RunFailed, UserError
 from qwen_dist.export import export as export_module
 from qwen_dist.export.__main__ import main

@@ -20,8 +20,8 @@ from launch.data_estimate import estimated_counts
 from launch.planner import DataCounts
 from launch.run_file import load_run
 from qwen_dist.config import Run
-from qwen_dist.data.inputs import read_inputs
-from qwen_dist.data.prepare import prepare
+from qwen_dist.data.cache.inputs import read_inputs
+from qwen_dist.data.cache.prepare import prepare
 from tests.launch.conftest import write_run
 
 # Long and short ones mixed: of any hundred some are long.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from launch.inspect.check import role_faults
-from qwen_dist.data.messages import Conversation, Message
+from qwen_dist.data.formats.messages import Conversation, Message
 from tests.launch.conftest import ROWS, write_run
 from tests.launch.test_inspect import chat, write_lines
 

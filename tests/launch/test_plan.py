@@ -13,8 +13,8 @@ from launch.planner import DataCounts, make_plan
 from launch.run_file import load_run
 from launch.show import plan_text
 from qwen_dist.config import Batch, Cluster, Data, Length, Model, Run, Source
-from qwen_dist.data.inputs import read_inputs
-from qwen_dist.data.prepare import prepare
+from qwen_dist.data.cache.inputs import read_inputs
+from qwen_dist.data.cache.prepare import prepare
 from tests.launch.conftest import ROWS, write_run
 
 COUNTS = DataCounts(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qwen_dist.data import inputs
+from qwen_dist.data.cache import inputs
 from tests.launch.conftest import REPO, ROWS, TOKENIZER, write_run
 
 
@@ -106,7 +106,7 @@ def test_interrupted_by_the_user(project: Path) -> None:
     (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_run(project, data={"train": [{"path": "rows.jsonl"}], "max_tokens": 4096})
     code = (
-        "from qwen_dist.data import prepare; prepare.PART_BYTES = 200_000; from launch.cli import main\n"
+        "from qwen_dist.data.cache import prepare; prepare.PART_BYTES = 200_000; from launch.cli import main\n"
         "if __name__ == '__main__': main(['prepare', 'run.yaml', '--workers', '2'])"
     )
     (project / "go.py").write_text(code)

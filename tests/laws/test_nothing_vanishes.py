@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_dist.config import Run
-from qwen_dist.data.files import DataFile
-from qwen_dist.data.part import Part, encode_part
-from qwen_dist.data.part_result import NO_ASSISTANT_TURN, TOO_LONG
-from qwen_dist.data.policy import policy_of
-from qwen_dist.data.prepare import prepare
-from qwen_dist.data.rows import UTF8_BOM
-from qwen_dist.data.tokenizer import load_tokenizer
+from qwen_dist.data.cache.part import Part, encode_part
+from qwen_dist.data.cache.part_result import NO_ASSISTANT_TURN, TOO_LONG
+from qwen_dist.data.cache.prepare import prepare
+from qwen_dist.data.encoding.policy import policy_of
+from qwen_dist.data.encoding.tokenizer import load_tokenizer
+from qwen_dist.data.reading.files import DataFile
+from qwen_dist.data.reading.rows import UTF8_BOM
 from qwen_dist.errors import UserError
 
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_dist.data import prepare as prepare_module
-from qwen_dist.data.prepare import prepare
-from qwen_dist.data.shard import StepPlan, plan_table
-from qwen_dist.data.shuffle import words
-from qwen_dist.data.table import Table
+from qwen_dist.data.cache import prepare as prepare_module
+from qwen_dist.data.cache.prepare import prepare
+from qwen_dist.data.order.shard import StepPlan, plan_table
+from qwen_dist.data.order.shuffle import words
+from qwen_dist.data.order.table import Table
 from tests.data.tables import COST, run_of, table_of_lengths
 
 MAX_TOKENS = 64

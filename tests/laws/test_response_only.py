@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qwen_dist.data.prepare import prepare
-from qwen_dist.data.prepared import NOT_TRAINED, Prepared
-from qwen_dist.data.tokenizer import load_tokenizer
+from qwen_dist.data.cache.prepare import prepare
+from qwen_dist.data.cache.prepared import NOT_TRAINED, Prepared
+from qwen_dist.data.encoding.tokenizer import load_tokenizer
 
 TOOL_ROW = {
     "tools": [{"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}],

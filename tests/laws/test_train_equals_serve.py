@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_dist.config import Source
-from qwen_dist.data.formats import read_row
-from qwen_dist.data.policy import policy_of
-from qwen_dist.data.prepare import prepare
-from qwen_dist.data.prepared import NOT_TRAINED, Prepared
-from qwen_dist.data.rows import parse_row
-from qwen_dist.data.samples import samples_of
-from qwen_dist.data.spans import turns_of
-from qwen_dist.data.tokenizer import load_tokenizer
+from qwen_dist.data.cache.prepare import prepare
+from qwen_dist.data.cache.prepared import NOT_TRAINED, Prepared
+from qwen_dist.data.encoding.policy import policy_of
+from qwen_dist.data.encoding.samples import samples_of
+from qwen_dist.data.encoding.spans import turns_of
+from qwen_dist.data.encoding.tokenizer import load_tokenizer
+from qwen_dist.data.formats.formats import read_row
+from qwen_dist.data.reading.rows import parse_row
 
 STOP = "<|im_end|>"
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from qwen_dist.data.prepare import prepare
-from qwen_dist.data.prepared import NOT_TRAINED, Prepared
+from qwen_dist.data.cache.prepare import prepare
+from qwen_dist.data.cache.prepared import NOT_TRAINED, Prepared
 from tests.laws.test_train_equals_serve import STOP, messages_of, spans_of
 
 BLOCK = "<think>\n\n</think>\n\n"

@@ -1,0 +1,1 @@
+"""Rows of every format in normal form: roles, texts, weights."""
