@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def _require_file(
 
 def _near_file(file: str) -> str:
     folder, name = os.path.split(file)
-    return did_you_mean(name, os.listdir(folder)) if os.path.isdir(folder) else ""
+    with suppress(OSError):  # no folder, or one that may not be read
+        return did_you_mean(name, os.listdir(folder))
+    return ""
 
 
 def _absolute(path: str, base: Path) -> str:
