@@ -437,6 +437,60 @@ def test_a_cache_of_each_node(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("tempfile.tempdir", None)
     prepared = prepare(changed(run, "data", cache="node"), "train")
     assert prepared.dir.is_relative_to(tmp_path) and not Path(run.output_dir).exists()
+    (folder,) = tmp_path.glob("qwen-dist-*")
+    assert folder.stat().st_mode & 0o077 == 0, "others may write beside it, and must not read it"
+
+
+def test_weights_in_one_part_are_weights_of_all(
+    qwen3_folder: Path, make_run: Any, write_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "PART_BYTES", 300)
+    asked, answered = ROWS[0]["messages"]
+    run = make_run(qwen3_folder, write_rows([*ROWS, {"messages": [asked, {**answered, "weight": 2}]}]))
+    made = prepare(run, "train", workers=1)
+    assert made.has_weights
+    assert made.weight_S.tolist() == [*made.supervised_S.tolist()[:40], 2 * made.supervised_S[40]]
+
+
+def test_places_in_files_of_every_kind_over_many_parts(
+    qwen3_folder: Path, make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines where the file has lines, rows where it has none, whether malformed rows are an error or left out."""
+    import gzip
+    import json
+
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr(prepare_module, "PART_BYTES", 300)
+    rows: list[Any] = [
+        *ROWS[:9],
+        {"messages": []},
+        *ROWS[9:12],
+        {"messages": ROWS[0]["messages"][:1]},
+        {"messages": []},
+    ]
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text("\n" + lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "]")
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "e.parquet", row_group_size=2)
+    shift = {"a.jsonl:": 1, "b.jsonl.gz:": 0, "c.json:": 1, "d.json row ": 0, "e.parquet row ": 0}
+    places = [f"{tmp_path}/{name}{number + more}" for name, more in shift.items() for number in (10, 15)]
+    with pytest.raises(UserError) as caught:
+        prepare(make_run(qwen3_folder, tmp_path), "train", workers=1)
+    assert [line.strip().partition(": ")[0] for line in str(caught.value).splitlines()[1:]] == places
+    made = prepare(make_run(qwen3_folder, tmp_path, on_bad_row="skip"), "train", workers=1)
+    (source,) = made.counts["sources"]
+    assert source["dropped_at"][MALFORMED] == places
+    assert source["dropped_at"][NO_ASSISTANT_TURN] == [f"{tmp_path}/{name}{14 + n}" for name, n in shift.items()]
+    assert [line.partition(": ")[0] for line in source["malformed"]] == places
+    assert made.counts["rows_dropped"] == {MALFORMED: 10, NO_ASSISTANT_TURN: 5} and made.counts["rows_trained"] == 60
+    expected = [number + more for more in shift.values() for number in (*range(1, 10), *range(11, 14))]
+    assert [made.origin(at)["place"] for at in range(60)] == expected
+    assert [made.origin(at)["row"] for at in range(60)] == [*range(9), *range(10, 13)] * 5
+    assert made.array("rows").tolist() == list(range(61))
 
 
 def test_files_of_every_kind_make_the_same_samples(qwen3_folder: Path, make_run: Any, tmp_path: Path) -> None:

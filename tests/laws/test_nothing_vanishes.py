@@ -141,6 +141,13 @@ def test_the_shortest_of_the_samples_that_are_too_long_is_told(
         prepare(make_run(qwen3_folder, write_rows(rows), max_tokens=20), "train")
 
 
+def test_nothing_left_for_several_reasons(qwen3_folder: Path, make_run: Any, write_rows: Any) -> None:
+    untrained = answer(content="A", train=False)
+    told = refusal(make_run(qwen3_folder, write_rows([untrained, untrained, chat("Q")])))
+    assert "nothing to train on is left of" in told
+    assert "(2 nothing in it is trained, 1 no assistant turn)" in told
+
+
 def test_nothing_left_to_train_on(qwen3_folder: Path, make_run: Any, write_rows: Any) -> None:
     nobody = write_rows([chat("Q"), chat("Q")], "nobody.jsonl")
     blank = write_rows(["", " "], "blank.jsonl")

@@ -80,6 +80,8 @@ def prepare(
     cache = run_dir.cache_dir(run)
     made = [folder for folder in (cache, *cache.parents) if not folder.exists()]
     try:
+        if run.data.cache == "node":  # everybody may look into a machine's temporary folder
+            cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         inputs.digests.mkdir(parents=True, exist_ok=True)
         while not is_prepared(run, inputs.fingerprint):
             _Work(cache / inputs.fingerprint, inputs, run.data.max_tokens, workers, first, progress).do()
