@@ -32,6 +32,7 @@ __all__ = ["Prepared", "data_fingerprint", "open_prepared", "prepare"]
 
 PART_BYTES = 4 << 20
 POLL_S = 0.2
+MAX_POLL_S = 2.0  # a look costs a shared disk five operations for each open part, and every rank looks
 # Work that nobody has touched for so long is removed: its files or policies have changed since.
 STALE_WORK_S = 7 * 24 * 3600.0
 
@@ -183,6 +184,7 @@ class _Work:
     def _until_done(self, pool: Workers, tasks: list[Task], told: Callable[[Task], None]) -> list[Task]:
         """Every task with its result: made here, or by another process that had claimed it."""
         finished: list[Task] = []
+        pause_s = POLL_S
         while tasks:
             open_tasks = []
             for task in pool.run(tasks):
@@ -191,9 +193,10 @@ class _Work:
                 else:
                     told(task)
                     finished.append(task)
+            pause_s = POLL_S if len(open_tasks) < len(tasks) else min(2 * pause_s, MAX_POLL_S)
             tasks = open_tasks
             if tasks:
-                time.sleep(POLL_S)
+                time.sleep(pause_s)
         return finished
 
     def _join(self, units: list[str], parts: list[Part], results: list[PartResult]) -> None:
