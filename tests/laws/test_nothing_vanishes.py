@@ -157,6 +157,15 @@ def test_nothing_left_to_train_on(qwen3_folder: Path, make_run: Any, write_rows:
     assert refusal(make_run(qwen3_folder, good, blank)).startswith(f"{blank} is empty")
 
 
+@pytest.mark.parametrize(("name", "content"), [("rows.json", "[]"), ("rows.csv", "prompt,completion\n")])
+def test_a_file_without_rows_beside_others_is_refused(
+    name: str, content: str, qwen3_folder: Path, make_run: Any, write_rows: Any, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    told = refusal(make_run(qwen3_folder, write_rows([chat("Q", "A")], "good.jsonl"), tmp_path / name))
+    assert f"{name} holds no rows; remove it from data.train" in told
+
+
 WRONG_FILES: dict[str, tuple[bytes | None, str]] = {
     "missing": (None, "no such file"),
     "zip": (b"PK\x03\x04" + bytes(30), "is a zip file"),
