@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,9 @@ def inspect(qwen3_folder: Path, write_rows: Any, tmp_path: Path) -> Any:
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", code, "inspect", "run.yaml", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+        # Not inherited: readline, which pytest loads, sets COLUMNS behind Python's back.
+        environ = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+        return subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, encoding="utf-8")
 
     return call
 
