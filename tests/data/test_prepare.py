@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -125,6 +129,82 @@ def test_a_file_that_changes_meanwhile_is_refused(run: Run, monkeypatch: pytest.
     with pytest.raises(UserError, match="changed while it was read"):
         prepare(run, "train")
     assert not Path(run.output_dir).exists()
+
+
+def test_a_packed_file_that_changes_while_it_is_unpacked_is_refused(
+    qwen3_folder: Path, make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = gzip.compress("".join(f"{json.dumps(row)}\n" for row in ROWS).encode())
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(packed)
+
+    def replaced(file: Any, out: Path) -> Any:
+        path.write_bytes(packed)
+        return to_jsonl(file, out)
+
+    to_jsonl = workers.to_jsonl
+    monkeypatch.setattr(workers, "to_jsonl", replaced)
+    with pytest.raises(UserError, match="changed while it was read"):
+        prepare(make_run(qwen3_folder, path), "train")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_starters_begin_at_different_parts_and_make_the_same(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "PART_BYTES", 500)
+    expected = prepare(run, "train", workers=1)
+    made: list[int] = []
+
+    def counted(part: Any, *arguments: Any) -> Any:
+        made.append(part.number)
+        return encode_part(part, *arguments)
+
+    encode_part = workers.encode_part
+    monkeypatch.setattr(workers, "encode_part", counted)
+    elsewhere = run.model_copy(update={"output_dir": f"{run.output_dir}_2"})
+    found = prepare(elsewhere, "train", workers=1, first=0.5)
+    assert made == [4, 5, 6, 7, 0, 1, 2, 3]
+    for name in ("ids", "offsets", "place", "row", "rows", "hash"):
+        assert (found.array(name) == expected.array(name)).all()
+
+
+def test_two_that_join_at_once_end_alike(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def second(work: Any, joined: Path) -> None:
+        shutil.copytree(joined, work.target)
+        name(work, joined)
+
+    name = prepare_module._Work._name
+    monkeypatch.setattr(prepare_module._Work, "_name", second)
+    assert prepare(run, "train").num_samples == 40
+    assert folders(run) == [data_fingerprint(run, "train")]
+
+
+def test_only_work_that_nobody_goes_on_with_is_removed(run: Run) -> None:
+    cache = Path(run.output_dir, ".prepared")
+    week_ago = time.time() - 8 * 24 * 3600
+    for name, modified in (
+        ("a.incomplete", week_ago),
+        ("b.joining", week_ago),
+        ("c.incomplete", None),
+        ("d", week_ago),
+    ):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "part").touch()
+        if modified:
+            os.utime(cache / name, (modified, modified))
+    assert folders(run)[:4] == ["a.incomplete", "b.joining", "c.incomplete", "d"]
+    name = prepare(run, "train").fingerprint
+    assert folders(run) == sorted([name, "c.incomplete", "d"])
+
+
+def test_a_refused_run_leaves_what_others_have_remembered(
+    run: Run, write_rows: Any, make_run: Any, qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = prepare(run, "train").fingerprint
+    with pytest.raises(UserError):
+        prepare(make_run(qwen3_folder, write_rows(["{"], "bad.jsonl")), "train")
+    assert folders(run) == [name]
+    monkeypatch.setattr("qwen_dist.data.cache.inputs.digest", None)
+    assert data_fingerprint(run, "train") == name
 
 
 def test_parts_of_a_file_that_changed_are_not_gone_on_with(run: Run) -> None:
@@ -456,9 +536,6 @@ def test_places_in_files_of_every_kind_over_many_parts(
     qwen3_folder: Path, make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lines where the file has lines, rows where it has none, whether malformed rows are an error or left out."""
-    import gzip
-    import json
-
     import pyarrow
     import pyarrow.parquet
 
@@ -494,9 +571,6 @@ def test_places_in_files_of_every_kind_over_many_parts(
 
 
 def test_files_of_every_kind_make_the_same_samples(qwen3_folder: Path, make_run: Any, tmp_path: Path) -> None:
-    import gzip
-    import json
-
     import pyarrow
     import pyarrow.parquet
 
