@@ -13,6 +13,7 @@ from qwen_dist.data.cache.part_result import MALFORMED, TOO_LONG
 from qwen_dist.data.cache.prepare import prepare
 from qwen_dist.data.cache.prepared import NOT_TRAINED, Prepared
 from qwen_dist.data.encoding.tokenizer import load_tokenizer
+from qwen_dist.data.reading.chance import draw
 from qwen_dist.errors import UserError
 
 USER, ANSWER, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
@@ -309,6 +310,12 @@ def test_drop_rate_takes_that_share(prepared: Any) -> None:
     assert 70 <= kept.count(None) <= 130
 
 
+def test_choices_of_one_row_do_not_hang_together() -> None:
+    draws = [(draw(row, "choose"), draw(row, "drop_rate")) for row in range(2000)]
+    assert all(0 <= number < 1 for pair in draws for number in pair)
+    assert 400 < sum(one < 0.5 and other < 0.5 for one, other in draws) < 600
+
+
 def test_counts_say_which_system_message_the_model_has_seen(prepared: Any, qwen25_folder: Path) -> None:
     counts = prepared([OWN, NONE, NONE], qwen25_folder).counts
     assert counts["systems"] == [
@@ -530,7 +537,8 @@ def test_a_curriculum_needs_a_number_in_each_row(prepared: Any, level: str, reas
     settings = {"curriculum": {"by": "column", "column": "level"}}
     with pytest.raises(UserError, match=rf"rows\.jsonl:2: {reason}"):
         prepared([{**NONE, "level": 3}, row], **settings)
-    assert prepared([{**NONE, "level": -2.5}], **settings).array("key").tolist() == [-2.5]
+    made = prepared([{**NONE, "level": -2.5, "other": 1}], **settings)
+    assert made.array("key").tolist() == [-2.5] and made.files[0]["unread_keys"] == ["other"]
 
 
 def test_what_is_fed_before_a_continuation_is_what_its_context_encodes_to(prepared: Any) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from qwen_dist.data.cache.workers import Task
 from qwen_dist.data.encoding.tokenizer import load_tokenizer
 from qwen_dist.data.reading.rows import shown
 from qwen_dist.data.reading.sources import find_files
-from qwen_dist.errors import EnvironmentNotReady, UserError
+from qwen_dist.errors import EnvironmentNotReady, RunFailed, UserError
 from tests.conftest import REPO
 
 ROWS = [
@@ -254,6 +257,7 @@ def test_a_full_disk_is_told_and_what_is_done_is_kept(qwen3_folder: Path, make_r
         assert "File too large" in told, told
         assert folders(run) == [f"{data_fingerprint(run, 'train')}.incomplete"]
         assert not list(Path(run.output_dir).rglob("*.joining"))
+        assert not list(Path(run.output_dir).rglob(".part*")), "nothing half-written takes the room"
     assert prepare(run, "train").num_samples == 400
     assert folders(run) == [data_fingerprint(run, "train")]
 
@@ -288,6 +292,26 @@ def test_workers_leave_at_once_and_give_their_claims_back(qwen3_folder: Path, tm
             wait_until(lambda: (work / "file_1.claim").exists())
             raise KeyboardInterrupt
     assert sorted(path.name for path in work.iterdir()) == ["file_0.json", "file_0.jsonl"]
+
+
+def test_a_worker_that_is_killed_is_told(qwen3_folder: Path, tmp_path: Path) -> None:
+    """As by the system, for lack of memory."""
+    (tmp_path / "rows.json").write_text("[" + ",".join(["{}"] * 1_000_000) + "]")
+    (file,) = find_files([Source(path=str(tmp_path / "rows.json"))])
+    tasks = [Task("convert", tmp_path / f"file_{number}", file) for number in range(2)]
+
+    def kill() -> None:
+        wait_until(lambda: bool(list(tmp_path.glob("*.claim"))))
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with (
+        pytest.raises(RunFailed, match="a tokenizer process was killed, most likely for lack of memory"),
+        workers.Workers(2, load_tokenizer(str(qwen3_folder))) as pool,
+    ):
+        list(pool.run(tasks))
+    killer.join()
 
 
 def children_of(pid: int) -> list[int]:
@@ -489,6 +513,24 @@ def test_a_claim_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) -> None
         with claimed(path) as is_ours_too:
             assert not is_ours_too
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_that_is_given_back_meanwhile_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "_create", lambda path: False)
+    with claimed(tmp_path / "part.claim") as is_ours:
+        assert not is_ours
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_has_done_before_our_claim_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def late(path: Path) -> Iterator[bool]:
+        path.with_suffix(".json").write_text('"row"')
+        yield True
+
+    monkeypatch.setattr(workers, "claimed", late)
+    monkeypatch.setattr(workers, "to_jsonl", None)
+    assert workers.do(Task("convert", tmp_path / "file_0", None), None).result == "row"
 
 
 def test_a_claim_is_renewed_while_the_work_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

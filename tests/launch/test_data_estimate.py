@@ -24,12 +24,19 @@ from qwen_dist.data.cache.inputs import read_inputs
 from qwen_dist.data.cache.prepare import prepare
 from tests.launch.conftest import write_run
 
-# Long and short ones mixed: of any hundred some are long.
-LONG = [{"prompt": f"Count to {n}", "completion": "7, 好 " * (3 + n * 37 % 60)} for n in range(3000)]
-SHORT = [{"prompt": f"Is {n} even?", "completion": "Yes." if n % 2 == 0 else "No."} for n in range(4000)]
+# Long and short ones mixed: of any hundred some are long. Numbers pack as text does, to about a third.
+LONG = [
+    {
+        "prompt": f"Count to {n}",
+        "completion": ", 好".join(str(n * 7919 * k % 100_003) for k in range(2, 4 + n * 37 % 60)),
+        "level": n,
+    }
+    for n in range(1, 3001)
+]
+SHORT: list[dict[str, Any]] = [{"prompt": f"Is {n} even?", "completion": ("Yes.", "No.")[n % 2]} for n in range(4000)]
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> None:
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()  # \u escapes: longer than what we write
     suffix = path.name.partition(".")[2]
     if suffix == "parquet":
@@ -51,7 +58,7 @@ def estimate_of(project: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """estimate_of(source, ..., **data) -> (estimate, exact counts), with little time and files that count as large."""
     monkeypatch.setattr(estimate_units, "SMALL_BYTES", 4 << 10)
     monkeypatch.setattr(estimate_units, "ESTIMATE_PART_BYTES", 4 << 10)
-    monkeypatch.setattr(estimate_units, "HEAD_BYTES", 64 << 10)
+    monkeypatch.setattr(estimate_units, "HEAD_BYTES", 256 << 10)
     monkeypatch.setattr(estimate_units, "HEAD_TEXT_BYTES", 16 << 10)
 
     def compare(*sources: dict[str, Any], **data: Any) -> tuple[DataCounts, DataCounts]:
@@ -95,8 +102,20 @@ MIXTURES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "shares with repeat": ([{"path": "long.csv", "share": 0.2, "repeat": 3}, {"path": "short.json", "share": 0.8}], {}),
     "repeat": ([{"path": "long.jsonl", "repeat": 2.5}], {}),
     "limit": ([{"path": "long.jsonl", "limit": 700}, {"path": "short.jsonl.gz", "limit": 700}], {}),
+    "curriculum by column": (
+        [{"path": "long.jsonl"}],
+        {"curriculum": {"by": "column", "column": "level", "descending": True}},
+    ),
     "curriculum": ([{"path": "long.jsonl"}], {"curriculum": {"by": "tokens"}}),
 }
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "json", "csv"])
+def test_the_row_in_which_the_beginning_of_a_file_ends(
+    estimate_of: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate_units, "HEAD_TEXT_BYTES", 1 << 30)
+    check_near(*estimate_of({"path": f"long.{kind}"}))
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -53,7 +53,7 @@ def head(path: str, compression: Compression, num_bytes: int) -> tuple[bytes, in
             if len(text) >= num_bytes and stream.tell() > position:  # what was read before is all in the text
                 break
             text += block
-            position = stream.tell()
+            position = stream.tell() if block else position  # zstd gives nothing until a block of it is whole
     return text, position
 
 
