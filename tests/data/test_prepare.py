@@ -203,8 +203,8 @@ def test_a_refused_run_leaves_what_others_have_remembered(
     run: Run, write_rows: Any, make_run: Any, qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = prepare(run, "train").fingerprint
-    with pytest.raises(UserError):
-        prepare(make_run(qwen3_folder, write_rows(["{"], "bad.jsonl")), "train")
+    with pytest.raises(UserError, match="1 malformed row"):
+        prepare(make_run(qwen3_folder, write_rows([ROWS[0], "{"], "bad.jsonl")), "train")
     assert folders(run) == [name]
     monkeypatch.setattr("qwen_dist.data.cache.inputs.digest", None)
     assert data_fingerprint(run, "train") == name
