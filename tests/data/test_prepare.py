@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen_dist.config import Run, Source
+from qwen_dist.config import Run
 from qwen_dist.data.cache import claims, workers
 from qwen_dist.data.cache import prepare as prepare_module
-from qwen_dist.data.cache.claims import claimed
 from qwen_dist.data.cache.part_result import MALFORMED, NO_ASSISTANT_TURN
 from qwen_dist.data.cache.prepare import Done, data_fingerprint, open_prepared, prepare
-from qwen_dist.data.cache.workers import Task
 from qwen_dist.data.encoding.tokenizer import load_tokenizer
 from qwen_dist.data.reading.rows import shown
-from qwen_dist.data.reading.sources import find_files
-from qwen_dist.errors import EnvironmentNotReady, RunFailed, UserError
+from qwen_dist.errors import EnvironmentNotReady, UserError
 from tests.conftest import REPO
 
 ROWS = [
@@ -278,40 +272,12 @@ def test_workers_end_with_a_parent_that_is_killed(run: Run, tmp_path: Path) -> N
     wait_until(lambda: not any(is_alive(worker) for worker in workers))
 
 
-def test_workers_leave_at_once_and_give_their_claims_back(qwen3_folder: Path, tmp_path: Path) -> None:
-    """As after Ctrl-C: the conversion of a large file is not waited for, and the next start need not wait for it."""
-    (tmp_path / "small.json").write_text("[{}]")
-    (tmp_path / "large.json").write_text("[" + ",".join(["{}"] * 3_000_000) + "]")
-    work = tmp_path / "work"
-    work.mkdir()
-    files = find_files([Source(path=str(tmp_path / f"{name}.json")) for name in ("small", "large")])
-    tasks = [Task("convert", work / f"file_{number}", file) for number, file in enumerate(files)]
-    with pytest.raises(KeyboardInterrupt), workers.Workers(2, load_tokenizer(str(qwen3_folder))) as pool:
-        for task in pool.run(tasks):
-            assert task.result == "line"
-            wait_until(lambda: (work / "file_1.claim").exists())
-            raise KeyboardInterrupt
-    assert sorted(path.name for path in work.iterdir()) == ["file_0.json", "file_0.jsonl"]
+def test_ranks_open_what_is_there_without_the_files_that_it_was_made_of(run: Run) -> None:
+    from qwen_dist.train.data import open_or_prepare
 
-
-def test_a_worker_that_is_killed_is_told(qwen3_folder: Path, tmp_path: Path) -> None:
-    """As by the system, for lack of memory."""
-    (tmp_path / "rows.json").write_text("[" + ",".join(["{}"] * 1_000_000) + "]")
-    (file,) = find_files([Source(path=str(tmp_path / "rows.json"))])
-    tasks = [Task("convert", tmp_path / f"file_{number}", file) for number in range(2)]
-
-    def kill() -> None:
-        wait_until(lambda: bool(list(tmp_path.glob("*.claim"))))
-        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    with (
-        pytest.raises(RunFailed, match="a tokenizer process was killed, most likely for lack of memory"),
-        workers.Workers(2, load_tokenizer(str(qwen3_folder))) as pool,
-    ):
-        list(pool.run(tasks))
-    killer.join()
+    fingerprint = prepare(run, "train").fingerprint
+    Path(run.data.train[0].path).unlink()
+    assert open_or_prepare(run, "train", fingerprint, {}).num_samples == 40
 
 
 def children_of(pid: int) -> list[int]:
@@ -500,46 +466,6 @@ def test_places_are_told_with_the_names_of_now(
     }
     assert [line.partition(": ")[0] for line in source["malformed"]] == [f"{shown(str(moved))}:3"]
     assert len(folders(run)) == 1
-
-
-def test_a_claim_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) -> None:
-    path = tmp_path / "part.claim"
-    path.touch()
-    with claimed(path) as is_ours:
-        assert not is_ours
-    time.sleep(0.1)
-    with claimed(path, stale_s=0.05) as is_ours:
-        assert is_ours
-        with claimed(path) as is_ours_too:
-            assert not is_ours_too
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_claim_that_is_given_back_meanwhile_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "_create", lambda path: False)
-    with claimed(tmp_path / "part.claim") as is_ours:
-        assert not is_ours
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_another_has_done_before_our_claim_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def late(path: Path) -> Iterator[bool]:
-        path.with_suffix(".json").write_text('"row"')
-        yield True
-
-    monkeypatch.setattr(workers, "claimed", late)
-    monkeypatch.setattr(workers, "to_jsonl", None)
-    assert workers.do(Task("convert", tmp_path / "file_0", None), None).result == "row"
-
-
-def test_a_claim_is_renewed_while_the_work_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.02)
-    path = tmp_path / "part.claim"
-    with claimed(path):
-        time.sleep(0.4)
-        with claimed(path, stale_s=0.2) as is_ours:
-            assert not is_ours
 
 
 def test_bytes_of_unchanged_files_are_read_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
