@@ -9,6 +9,7 @@ import time
 import traceback
 from pathlib import Path
 
+import psutil
 import torch
 
 from qwen_dist.config import Run
@@ -28,6 +29,8 @@ from qwen_dist.train.world import rank_environment, start_world
 
 # How long a rank with a user error waits for rank 0 to tell of it: ranks start seconds apart on a busy machine.
 RANK_0_SPEAKS_S = 15.0
+# By how much the clocks of a node and of the file system may differ.
+CLOCK_SKEW_S = 1.0
 
 
 def main(path: str) -> int:
@@ -35,7 +38,6 @@ def main(path: str) -> int:
     rank = int(rank_environment(dict(os.environ))["RANK"])
     start_logging(rank)
     run_dir, progress = RunDir(Path(path)), {"attempt": 0, "step": 0}
-    before = changed_at(run_dir.outcome)
     try:
         state, num_steps = run_attempt(run_dir, progress)
         finished = state.step == num_steps
@@ -43,7 +45,7 @@ def main(path: str) -> int:
         message = f"finished all {num_steps} steps" if finished else f"stopped and saved at step {state.step}"
     except UserError as error:
         code, message = error.exit_code, str(error)
-        is_told = rank != 0 and told_by_rank_0(run_dir, before)
+        is_told = rank != 0 and told_by_rank_0(run_dir)
         get_logger().log(logging.DEBUG if is_told else logging.ERROR, "error: %s", message)
     except Exception as error:
         code, message = EXIT_RUN_FAILED, f"{type(error).__name__}: {error}"
@@ -54,23 +56,19 @@ def main(path: str) -> int:
     return code
 
 
-def told_by_rank_0(run_dir: RunDir, before: int) -> bool:
+def told_by_rank_0(run_dir: RunDir) -> bool:
     """Wait until rank 0 has said what is wrong; False: it does not know, so this rank must say it.
 
     Most user errors are met by every rank, and one voice is enough. But the first rank that leaves ends the job, and
     rank 0 would be killed before it has said a word.
     """
     deadline = time.monotonic() + RANK_0_SPEAKS_S
-    while changed_at(run_dir.outcome) == before:
-        if time.monotonic() > deadline:
-            return False
+    while time.monotonic() < deadline:
+        # The launcher starts all ranks at once: an outcome from before is of another attempt.
+        if run_dir.outcome.exists() and run_dir.outcome.stat().st_mtime > psutil.Process().create_time() - CLOCK_SKEW_S:
+            return True
         time.sleep(0.1)
-    return True
-
-
-def changed_at(path: Path) -> int:
-    """When a file was last changed, in ns; 0 where there is none."""
-    return path.stat().st_mtime_ns if path.exists() else 0
+    return False
 
 
 def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:
