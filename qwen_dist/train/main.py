@@ -29,6 +29,9 @@ from qwen_dist.train.world import rank_environment, start_world
 
 # How long a rank with a user error waits for rank 0 to tell of it: ranks start seconds apart on a busy machine.
 RANK_0_SPEAKS_S = 15.0
+# srun ends the step at the first bad exit and drops what a task has just written (22.05.8, 1 run in 5): the words get
+# this long to arrive.
+WORDS_ARRIVE_S = 1.0
 # By how much the clocks of a node and of the file system may differ.
 CLOCK_SKEW_S = 1.0
 
@@ -53,6 +56,8 @@ def main(path: str) -> int:
         get_logger().error("error: %s (the traceback is in %s)", message.splitlines()[0], run_dir.logs)
     if rank == 0:
         write_json(run_dir.outcome, {**progress, "exit_code": code, "message": message})
+    if code not in (EXIT_DONE, EXIT_RESUMABLE):
+        time.sleep(WORDS_ARRIVE_S if rank == 0 else 2 * WORDS_ARRIVE_S)
     return code
 
 
