@@ -17,7 +17,7 @@ from qwen_dist.run_dir import RunDir
 # What may differ under a resume: it changes neither the samples of a step nor its gradient.
 HARMLESS_SECTIONS = ("checkpoint", "evaluation", "tracking", "cluster")
 # Where things lie may change; what lies there is held by the data's fingerprint.
-HARMLESS_KEYS = ("output_dir",)
+HARMLESS_KEYS = ("output_dir", "data.cache")
 MAX_TOLD = 3  # differing settings that an error names
 
 
@@ -120,7 +120,7 @@ def differences(then: Run, now: Run) -> list[tuple[str, Any, Any]]:
 
 
 def _is_harmless(key: str) -> bool:
-    is_data_path = key.startswith("data.") and key.endswith(".path")
+    is_data_path = key.startswith("data.") and key.endswith((".path", ".file"))
     return key.partition(".")[0] in HARMLESS_SECTIONS or key in HARMLESS_KEYS or is_data_path
 
 

@@ -29,7 +29,7 @@ MAX_COUNTED_ROWS = 2_000_000
 
 def exact_counts(run: Run, prepared: Prepared, held_out: Prepared | None) -> DataCounts:
     """Counts of prepared training data; of very large data some are close estimates, and marked so."""
-    from qwen_dist.data.order.mixture import make_mixture, row_hashes
+    from qwen_dist.data.order.mixture import row_hashes
     from qwen_dist.data.order.mixture_counts import count_mixture
     from qwen_dist.data.order.shard import plan_table
     from qwen_dist.data.order.table import table_of
@@ -42,8 +42,7 @@ def exact_counts(run: Run, prepared: Prepared, held_out: Prepared | None) -> Dat
     shares: tuple[SourceShare, ...] = ()
     tokens, supervised_tokens = counts["tokens"], counts["supervised_tokens"]
     if table.num_rows <= MAX_COUNTED_ROWS:
-        mixture = make_mixture(run.data, table, run.length.epochs, run.seed, hashes_N)
-        used = count_mixture(mixture, table, hashes_N)
+        used = count_mixture(plan.mixture, table, hashes_N)
         tokens, supervised_tokens = used.total("tokens"), used.total("trained_tokens")
         each = zip(
             run.data.train, used.shares("rows"), used.shares("tokens"), used.shares("trained_tokens"), strict=True

@@ -83,7 +83,7 @@ def _encoded(part: Part, scale: float, tokenizer: ChatTokenizer, folder: Path) -
     out = folder / f"{part.file_number}_{part.start}.npz"
     result = encode_part(part, tokenizer, out)
     names = ("lengths", "supervised", "row", "turns", "hash", "key")
-    if result.num_bad:
+    if result.num_bad or result.num_over:
         return _Sample(part, result, {}, scale)
     with np.load(out) as arrays:
         return _Sample(part, result, {name: arrays[name] for name in names}, scale)
@@ -96,9 +96,13 @@ def _check(run: Run, files: list[DataFile], samples: Sequence[_Sample], is_exact
     results = [sample.result for sample in samples]
     units = [file.unit for file in files]
     for sample in samples:
+        path = sample.part.file.path
         if not is_exact and sample.result.bad:
-            path, reason = sample.part.file.path, sample.result.bad[0][1]
+            reason = sample.result.bad[0][1]
             raise UserError(f"{path} has a malformed row: {reason}; qwen-dist prepare names every line.")
+        if not is_exact and sample.result.over:
+            long = f"{path} has a row over data.max_tokens={run.data.max_tokens}: {sample.result.over[0][1]}"
+            raise UserError(f"{long}; raise it, or set data.too_long to drop; qwen-dist prepare names every line.")
     if is_exact or not any(result.num_samples for result in results):
         check_results(run.data.train, files, units, results, run.data.max_tokens, "train")
 

@@ -147,11 +147,11 @@ def _check_model(run: Run) -> None:
 
 def _prepare(run: Run) -> tuple[Prepared, Prepared | None]:
     """Tokenize training and held-out data, both or neither."""
-    from qwen_dist.data.cache.prepare import data_fingerprint, forget, is_prepared
+    from qwen_dist.data.cache.prepare import forget, was_prepared
 
     if not run.data.eval:
         return prepare_shown(run, "train"), None
-    is_there = is_prepared(run, data_fingerprint(run, "eval"))
+    is_there = was_prepared(run, "eval")
     held_out = prepare_shown(run, "eval")
     try:
         return prepare_shown(run, "train"), held_out

@@ -51,11 +51,9 @@ def command(run_file: Path, overrides: tuple[str, ...], workers: int | None, as_
 
 def _prepare(run: Run, split: Literal["train", "eval"], workers: int | None) -> dict[str, Any]:
     from launch.prepare_data import prepare_shown
-    from qwen_dist.data.cache.prepare import data_fingerprint, is_prepared
-    from qwen_dist.run_dir import cache_dir
+    from qwen_dist.data.cache.prepare import was_prepared
 
-    # Without a cache there is nowhere to remember the files' digests: they would be read twice.
-    was_there = cache_dir(run).is_dir() and is_prepared(run, data_fingerprint(run, split))
+    was_there = was_prepared(run, split)
     started = time.monotonic()
     prepared = prepare_shown(run, split, workers)
     return {

@@ -38,6 +38,14 @@ def test_harmless_settings_may_change():
     assert decide(found(other), RUN, PATH, 8) == "resume"
 
 
+def test_where_data_lies_may_change():
+    """What lies there is held by the fingerprint: of the rows, and of a system message's file."""
+    here = {"train": [{"path": "a.jsonl"}], "system": {"policy": "replace", "file": "a.txt"}}
+    there = {"train": [{"path": "b.jsonl"}], "system": {"policy": "replace", "file": "b.txt"}, "cache": "node"}
+    then, now = (Run(name="r", model=Model(path="m"), data=Data.model_validate(data)) for data in (here, there))
+    assert decide(found(then), now, PATH, 8) == "resume"
+
+
 def test_the_first_differences_are_named():
     other = Run(name="r", model=Model(path="m2"), data=Data(train=(Source(path="y"),), max_tokens=64), seed=3)
     assert differences(other, RUN) == [

@@ -144,3 +144,13 @@ def test_what_is_dropped_for_held_out_rows_is_no_exact_count(project: Path) -> N
         prepare(run, "eval", workers=1)
         found.append(quick_counts(run).is_exact)
         assert found == known, yaml.safe_load(run_file.read_text())
+
+
+def test_rows_that_are_too_long_where_that_is_an_error(project: Path, cli: Any) -> None:
+    """Met in a part of the rows: a sentence, as `train` would say, not a traceback."""
+    write(project / "rows.jsonl", LONG)
+    write_run(project, data={"train": [{"path": "rows.jsonl"}], "max_tokens": 100, "too_long": "error"})
+    result = cli("plan", "run.yaml")
+    assert result.code == 2
+    assert "rows.jsonl has a row over data.max_tokens=100: " in result.err
+    assert len(result.err.splitlines()) == 1

@@ -63,6 +63,11 @@ def is_prepared(run: Run, fingerprint: str) -> bool:
     return is_whole(run_dir.prepared_dir(run, fingerprint))
 
 
+def was_prepared(run: Run, split: Split) -> bool:
+    """Whether the split was tokenized before; without a cache no byte is read to find out, as none is remembered."""
+    return run_dir.cache_dir(run).is_dir() and is_prepared(run, data_fingerprint(run, split))
+
+
 def prepare(
     run: Run, split: Split, *, workers: int | None = None, first: float = 0.0, progress: Progress | None = None
 ) -> Prepared:

@@ -207,9 +207,8 @@ def write_arrays(folder: Path, results: Sequence[PartResult], parts: Sequence[Pa
         }
         for name in ("offsets", "span_offsets", "rows"):
             files[name].write(np.zeros(1, np.int64).tobytes())
-        before = PartResult(
-            -1, -1
-        )  # what came before the part: tokens, stretches and samples; places and rows of its file
+        # What came before the part: tokens, stretches and samples; places and rows of its file.
+        before = PartResult(source=-1, file=-1)
         for result, path in zip(results, parts, strict=True):
             if result.file != before.file:
                 before.file, before.num_places, before.num_rows = result.file, 0, 0
