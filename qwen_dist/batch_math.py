@@ -1,7 +1,8 @@
 """Batch arithmetic, computed here and nowhere else.
 
-A pack is one row of packed samples and one micro-batch. An optimizer step consumes `packs_per_step`
-packs over all ranks: packs_per_step = world_size x accumulation.
+A pack is one row of packed samples. A micro-batch is what a GPU computes at one time: `packs_per_micro_batch` packs, as
+one longer row. An optimizer step consumes `packs_per_step` packs over all ranks:
+packs_per_step = packs_per_micro_batch x accumulation x world_size.
 """
 
 from __future__ import annotations
@@ -13,26 +14,30 @@ from qwen_dist.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one optimizer step is spread: `packs_per_step == world_size * accumulation`."""
+    """How one optimizer step is spread: `packs_per_step == packs_per_micro_batch * accumulation * world_size`."""
 
     packs_per_step: int
     world_size: int
     accumulation: int
+    packs_per_micro_batch: int = 1
 
 
-def plan_batch(packs_per_step: int, world_size: int) -> BatchPlan:
+def plan_batch(packs_per_step: int, world_size: int, packs_per_micro_batch: int = 1) -> BatchPlan:
     """Spread `packs_per_step` packs over `world_size` ranks.
 
     Raises:
         UserError: the packs cannot be shared equally; names the nearest counts that can.
     """
-    if packs_per_step % world_size:
-        below = packs_per_step // world_size * world_size
-        near = f"{below} or {below + world_size}" if below else f"{world_size}"
+    at_once = world_size * packs_per_micro_batch
+    if packs_per_step % at_once:
+        below = packs_per_step // at_once * at_once
+        near = f"{below} or {below + at_once}" if below else f"{at_once}"
+        micro = f", {packs_per_micro_batch} packs at a time" if packs_per_micro_batch > 1 else ""
         raise UserError(
-            f"batch.packs_per_step={packs_per_step} does not divide over {world_size} processes; set it to {near}."
+            f"batch.packs_per_step={packs_per_step} does not divide over {world_size} processes{micro}; "
+            f"set it to {near}."
         )
-    return BatchPlan(packs_per_step, world_size, packs_per_step // world_size)
+    return BatchPlan(packs_per_step, world_size, packs_per_step // at_once, packs_per_micro_batch)
 
 
 def num_steps_of(num_packs: int, packs_per_step: int) -> int:

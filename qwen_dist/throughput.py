@@ -121,13 +121,13 @@ def forward_cost(shape: ModelShape) -> StepCost:
     )
 
 
-def step_cost(shape: ModelShape, method: str, recompute: bool) -> StepCost:
+def step_cost(shape: ModelShape, method: str, recompute: float) -> StepCost:
     """FLOP of forward and backward.
 
     Args:
         method: full; anything else trains adapters, whose own products (1 to 3 % of the base) are left out, and
             computes no gradient of the base's weights.
-        recompute: layers, not the head, run forward again in backward.
+        recompute: share of the layers that run forward again in backward; the head never does.
     """
     forward = forward_cost(shape)
     weights = 3 if method == "full" else 2
@@ -144,4 +144,6 @@ def cost_of(run: Run) -> StepCost:
     Raises:
         UserError: the model's config.json cannot be read.
     """
-    return step_cost(model_shape(run.model.path), run.method.kind, run.model.activation_checkpointing)
+    shape = model_shape(run.model.path)
+    recomputed = run.num_recomputed(shape.num_layers) / shape.num_layers
+    return step_cost(shape, run.method.kind, recomputed)

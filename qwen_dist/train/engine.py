@@ -97,7 +97,7 @@ def make_engine(run: Run, ds_config: dict[str, Any], world: World, num_token_ids
     model: torch.nn.Module = build_model(run, ds_config, backend, world.device)
     if run.method.kind == "lora":
         model = add_adapters(model, run.method, run.seed)
-    if run.model.activation_checkpointing:
+    if run.num_recomputed(1):
         recompute_layers(model)
     optimizer = make_optimizer(model, run.optim)
     ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)

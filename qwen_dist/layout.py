@@ -1,0 +1,49 @@
+"""How a run lies on its GPUs: all that memory and time depend on besides the model and the data. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_dist.config import LINEAR_LAYERS
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to train a model.
+
+    Attributes:
+        method: full, lora or qlora.
+        precision: bf16 (fp32 master weights) or fp32.
+        max_tokens: tokens of a pack.
+        rank, targets: of LoRA.
+        stage: of ZeRO, 2 or 3.
+        offload: what lies in host memory: none, optimizer, or all (optimizer and weights).
+        on_nvme: what is offloaded lies on a disk of the node instead.
+        hpz: each node holds a whole copy of the bf16 weights besides the shards (ZeRO-3, several nodes).
+        recomputed_layers: decoder layers that run forward again in backward.
+        packs_per_micro_batch: packs that a GPU computes at one time.
+    """
+
+    method: str
+    precision: str
+    max_tokens: int
+    nodes: int
+    gpus_per_node: int
+    rank: int = 64
+    targets: tuple[str, ...] = LINEAR_LAYERS
+    stage: int = 3
+    offload: str = "none"
+    on_nvme: bool = False
+    hpz: bool = False
+    recomputed_layers: int = 0
+    packs_per_micro_batch: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Processes over all machines."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """Tokens that a GPU computes at one time."""
+        return self.packs_per_micro_batch * self.max_tokens
