@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qwen_dist.config_base import NonEmpty, Positive, Section, Share
 from qwen_dist.config_cluster import Cluster, Container, Zero
@@ -46,11 +46,18 @@ class Model(Section):
 class Method(Section):
     """What is trained: every weight, or low-rank adapters beside frozen ones."""
 
-    kind: Literal["full", "lora"] = Field("full", description="full: every weight; lora: adapters only")
+    kind: Literal["full", "lora", "qlora"] = Field(
+        "full", description="full: every weight; lora: adapters only; qlora: adapters beside a base in 4 bits"
+    )
     rank: Positive = Field(64, description="LoRA rank")
     alpha: Positive = Field(128, description="LoRA alpha; the update is scaled by alpha / rank")
     dropout: Share = Field(0.0, description="LoRA dropout, a share")
     targets: tuple[NonEmpty, ...] = Field(LINEAR_LAYERS, description="Names of the linear layers that get an adapter")
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the base is frozen and adapters are trained."""
+        return self.kind != "full"
 
 
 class Batch(Section):
@@ -134,10 +141,21 @@ class Run(Section):
     evaluation: Evaluation = Field(Evaluation())
     tracking: Tracking = Field(Tracking())
 
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Run:
+        if self.method.kind == "qlora":
+            if self.zero.stage == 3:
+                raise ValueError("method.kind qlora needs zero.stage 2: 4-bit weights are not sharded; set it to 2")
+            if self.model.precision == "fp32":
+                raise ValueError("method.kind qlora computes in bf16; set model.precision to bf16")
+        return self
+
     @property
     def zero_stage(self) -> int:
         """The ZeRO stage in force; where nothing was planned, one that always fits."""
-        return 3 if self.zero.stage == "auto" else self.zero.stage
+        if self.zero.stage != "auto":
+            return self.zero.stage
+        return 2 if self.method.kind == "qlora" else 3
 
     @property
     def packs_per_micro_batch(self) -> int:

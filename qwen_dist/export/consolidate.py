@@ -25,6 +25,7 @@ from qwen_dist.run_dir import RunDir
 from qwen_dist.train.checkpoint import TAG, damage
 from qwen_dist.train.lora import add_adapters
 from qwen_dist.train.model import build_model, load_model_config, torch_dtype
+from qwen_dist.train.quantize import round_to_nf4
 
 STEP_NAME = re.compile(r"step_(\d{8})")
 
@@ -95,12 +96,15 @@ def full_model(run: Run, weights: dict[str, Any]) -> PreTrainedModel:
 
 
 def adapted_model(run: Run, weights: dict[str, Any]) -> PeftModel:
-    """The base model with the trained adapters beside its layers, unmerged; adapters in fp32.
+    """The base model with the trained adapters beside its layers, unmerged; adapters in fp32, a qlora base as trained.
 
     Raises:
         RunFailed: checkpoint and model do not have the same adapters.
     """
-    model = add_adapters(build_model(run), run.method, run.seed)
+    base = build_model(run)
+    if run.method.kind == "qlora":
+        round_to_nf4(base)
+    model = add_adapters(base, run.method, run.seed)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     _require_same_names(set(trained), set(weights))
     with torch.no_grad():

@@ -153,7 +153,7 @@ def _effect(adapted: PeftModel, trained: Trained, logits_TV: torch.Tensor) -> di
 
 
 def _require_adapter(run: Run) -> None:
-    if run.method.kind != "lora":
+    if not run.method.has_adapters:
         raise UserError(f"--adapter-only: run {run.name} trained every weight; leave --adapter-only out.")
     if run.from_config_only:
         raise UserError(

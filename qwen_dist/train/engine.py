@@ -95,7 +95,7 @@ def make_engine(run: Run, ds_config: dict[str, Any], world: World, num_token_ids
     backend, reason = choose_attention(run.model.attention, world.device.type)
     get_logger().info("attention %s (%s)", backend, reason)
     model: torch.nn.Module = build_model(run, ds_config, backend, world.device)
-    if run.method.kind == "lora":
+    if run.method.has_adapters:
         model = add_adapters(model, run.method, run.seed)
     if run.num_recomputed(1):
         recompute_layers(model)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from qwen_dist.config import Model, Run
 from qwen_dist.errors import UserError
 from qwen_dist.shapes import require_weights
+from qwen_dist.train.quantize import keep_packing, quantized_loading, require_quantizable
 
 
 def torch_dtype(precision: str) -> torch.dtype:
@@ -45,6 +46,7 @@ def build_model(
         run: the run.
         ds_config: the DeepSpeed config in force. With ZeRO-3 every weight is partitioned the moment it is made, so
             that no rank ever holds the whole model. None: a plain model (export, tests).
+            None also leaves a qlora base as it is.
         attention: transformers' name of the attention backend.
         device: a GPU's weights are read straight onto it: eight ranks that each went by way of host memory would
             take 236 GB of it for a 14B model. Under ZeRO-3 DeepSpeed places them.
@@ -58,13 +60,15 @@ def build_model(
     config = load_model_config(run.model)
     config.use_cache = False
     dtype = torch_dtype(run.model.precision)
+    if run.method.kind == "qlora":
+        require_quantizable(run, config.to_dict())
     with _sharded_creation(ds_config):
         if run.from_config_only:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
             init_weights(model, run.seed)
             return model
         require_weights(run.model.path)
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             run.model.path,
             revision=run.model.revision,
             config=config,
@@ -72,7 +76,10 @@ def build_model(
             attn_implementation=attention,
             use_safetensors=True,
             device_map=_placement(ds_config, device),
+            **(quantized_loading(run) if ds_config else {}),
         )
+        keep_packing(model)
+        return model
 
 
 def init_weights(model: torch.nn.Module, seed: int) -> None:

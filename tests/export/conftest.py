@@ -107,6 +107,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora zero3": {
         "base": None, "zero": {"stage": 3}, "precision": "fp32", "method": {"kind": "lora", "rank": 4, "alpha": 12},
     },
+    "qlora zero2": {"base": "qwen3", "zero": {"stage": 2}, "method": {"kind": "qlora", "rank": 4, "alpha": 12}},
     "moe": {"base": "qwen3_moe", "zero": {"stage": 2}, "num_processes": 1},
 }  # fmt: skip
 
