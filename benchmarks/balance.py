@@ -24,7 +24,8 @@ from qwen_dist.data.cache.prepare import prepare
 from qwen_dist.data.order.balance import sample_costs
 from qwen_dist.data.order.shard import StepPlan, plan_table
 from qwen_dist.data.order.table import table_of
-from qwen_dist.throughput import StepCost, model_shape, step_cost
+from qwen_dist.shapes import model_shape
+from qwen_dist.throughput import StepCost, step_cost
 
 WAYS = (("full", 3), ("full", 2), ("lora", 2))  # method and ZeRO stage
 

@@ -87,7 +87,8 @@ def plan_as_one_rank(folder: Path, ranks: int, packs_per_rank: int) -> dict[str,
     from qwen_dist.config import Run
     from qwen_dist.data.order.shard import StepPlan, count_alone, plan_table
     from qwen_dist.data.order.table import Table
-    from qwen_dist.throughput import QWEN3_14B, step_cost
+    from qwen_dist.shapes import QWEN3_14B
+    from qwen_dist.throughput import step_cost
 
     run = Run.model_validate(
         {

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from launch.zero import deepspeed_config
 from qwen_dist.config import Batch, Data, Model, Run, Source, Zero
-from qwen_dist.shapes import HIDDEN_SIZE_14B
+from qwen_dist.shapes import QWEN3_14B
 
 NUM_GPUS, PACKS_PER_STEP = 8, 64
 PRESETS: dict[str, Literal[2, 3]] = {"zero2.json": 2, "zero3.json": 3}
@@ -26,7 +26,7 @@ def preset(stage: Literal[2, 3]) -> dict[str, Any]:
         batch=Batch(packs_per_step=PACKS_PER_STEP),
         zero=Zero(stage=stage),
     )
-    return deepspeed_config(run, NUM_GPUS, HIDDEN_SIZE_14B)
+    return deepspeed_config(run, NUM_GPUS, QWEN3_14B.hidden_size)
 
 
 def preset_text(stage: Literal[2, 3]) -> str:

@@ -16,7 +16,8 @@ from qwen_dist.data.order.shard import StepPlan, plan_evaluation, plan_run, plan
 from qwen_dist.data.order.shuffle import words
 from qwen_dist.data.order.table import Table
 from qwen_dist.errors import UserError
-from qwen_dist.throughput import QWEN3_14B, step_cost
+from qwen_dist.shapes import QWEN3_14B
+from qwen_dist.throughput import step_cost
 from tests.data.tables import COST, run_of, table_of_lengths
 
 

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
-from qwen_dist.throughput import (
-    KNOWN_SHAPES,
-    QWEN3_14B,
-    cost_of,
-    forward_cost,
-    model_shape,
-    shape_of_config,
-    step_cost,
-)
+from qwen_dist.shapes import KNOWN_SHAPES, QWEN3_14B
+from qwen_dist.throughput import cost_of, forward_cost, step_cost
 from tests.data.tables import run_of
 
 
@@ -40,20 +30,6 @@ def test_backward(method: str, recompute: bool, linear: int, head: int, attentio
     assert cost.linear_token == linear * forward.linear_token
     assert cost.head_token == head * forward.head_token
     assert cost.attention_pair == attention * forward.attention_pair
-
-
-def test_the_shape_is_the_models_own(tmp_path: Path) -> None:
-    assert model_shape("Qwen/Qwen3-8B") == KNOWN_SHAPES["qwen3-8b"]
-    assert model_shape("Qwen/Qwen2.5-14B-Instruct") == KNOWN_SHAPES["qwen2.5-14b"]
-    assert model_shape("someone/a-model") == QWEN3_14B
-    config = {
-        "hidden_size": 5120, "num_hidden_layers": 40, "intermediate_size": 17408, "num_attention_heads": 40,
-        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert model_shape(str(tmp_path)) == model_shape(str(tmp_path / "config.json")) == QWEN3_14B
-    experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
-    assert shape_of_config(config | experts).intermediate_size == 8 * 768
 
 
 def test_a_run_costs_by_its_method() -> None:
