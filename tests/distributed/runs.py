@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_dist.report.metrics import read_metrics
 
@@ -46,6 +47,14 @@ def write_run_file(folder: Path, name: str, model_config: dict | None = None, **
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(run, sort_keys=False))
     return path
+
+
+def write_weights(folder: Path) -> Path:
+    """A folder with a small model's config and weights, made here from a seed."""
+    config = AutoConfig.for_model(**SMALL_QWEN3)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 def start(*arguments: str) -> subprocess.Popen:

@@ -22,6 +22,7 @@ from tests.distributed.runs import (
     step_metrics,
     wait_for_step,
     write_run_file,
+    write_weights,
 )
 from tests.wandb_file import history
 
@@ -33,15 +34,19 @@ WAYS = {
     "full-zero3": {"method": {"kind": "full"}, "zero": {"stage": 3}},
     "lora-zero2": {"method": LORA, "zero": {"stage": 2}},
     "lora-zero3": {"method": LORA, "zero": {"stage": 3}},
+    "qlora-zero2": {"method": {**LORA, "kind": "qlora"}, "zero": {"stage": 2}},
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_killed_and_started_again_equals_never_stopped(way: str, tmp_path: Path) -> None:
-    steady_file = write_run_file(tmp_path, "steady", **WAYS[way])
+    sections = {**WAYS[way]}
+    if way.startswith("qlora"):  # random weights cannot be quantized
+        sections["model"] = {"path": str(write_weights(tmp_path / "base"))}
+    steady_file = write_run_file(tmp_path, "steady", **sections)
     qwen_dist("train", str(steady_file))
 
-    killed_file = write_run_file(tmp_path, "killed", **WAYS[way])
+    killed_file = write_run_file(tmp_path, "killed", **sections)
     killed = tmp_path / "runs" / "killed"
     first = start("train", str(killed_file))
     wait_for_step(killed, 5, first)
