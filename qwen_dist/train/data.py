@@ -10,7 +10,7 @@ from qwen_dist.data.cache.inputs import Split
 from qwen_dist.data.cache.prepare import Done, Prepared, is_prepared, open_prepared, prepare
 from qwen_dist.errors import UserError, counted
 from qwen_dist.log import get_logger
-from qwen_dist.train.world import local_world_size, rank_environment
+from qwen_dist.train.ranks import local_world_size, rank_environment
 
 
 def open_or_prepare(run: Run, split: Split, fingerprint: str, environ: dict[str, str]) -> Prepared:

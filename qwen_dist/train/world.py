@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 import sys
 from collections.abc import Callable
@@ -16,10 +15,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-# Slurm's names for what torch.distributed reads; srun sets them on every task.
-SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-# Ranks on this machine, as torchrun, DeepSpeed's launcher (0.19.8) and srun ("4(x2),3") tell it.
-LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
+from qwen_dist.train.ranks import rank_environment
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -66,24 +63,6 @@ class World:
         """End the process group, all ranks together."""
         self.all_succeeded(True)
         dist.destroy_process_group()
-
-
-def rank_environment(environ: dict[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE and LOCAL_RANK as set by deepspeed, torchrun or srun; one plain process otherwise.
-
-    `SLURM_PROCID` counts only inside a step of several tasks started by srun: a batch script has it too.
-    """
-    if "RANK" in environ:
-        return {name: environ[name] for name in ("RANK", "WORLD_SIZE")} | {"LOCAL_RANK": environ.get("LOCAL_RANK", "0")}
-    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and "MASTER_ADDR" in environ:
-        return {name: environ[slurm_name] for name, slurm_name in SLURM_NAMES.items()}
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-
-
-def local_world_size(environ: dict[str, str]) -> int:
-    """Ranks on this machine; 1 where nobody says it."""
-    told = next((environ[name] for name in LOCAL_SIZE_NAMES if name in environ), "1")
-    return max(int(size) for size in re.findall(r"(?<!x)\b\d+", told))
 
 
 def start_world(device: str) -> World:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from qwen_dist.train.world import local_world_size, rank_environment
+from qwen_dist.train.ranks import local_world_size, rank_environment
 
 
 def test_one_plain_process() -> None:
