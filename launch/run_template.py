@@ -18,23 +18,24 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "optim": ("lr", "schedule", "warmup", "weight_decay", "grad_clip"),
     "length": ("epochs", "max_steps"),
     "zero": ("stage",),
-    "cluster": ("kind", "device", "gpus_per_node", "nodes", "partition", "time"),
+    "cluster": ("kind", "device", "gpus_per_node", "gpu", "nodes", "partition", "time"),
     "checkpoint": ("every_steps", "keep"),
     "evaluation": ("every_steps",),
     "tracking": ("wandb",),
 }
 COMMENT_COLUMN = 34
-LR = {"full": 1e-5, "lora": 1e-4}
+LR = {"full": 1e-5, "lora": 1e-4, "qlora": 1e-4}
 
 
-def run_template(name: str, model: str, data: str, method: str) -> str:
+def run_template(name: str, model: str, data: str, method: str, slurm: bool = False) -> str:
     """The text of a new run file.
 
     Args:
         name: of the run.
         model: hub id or path, as it shall stand in the file.
         data: path of the training rows, as it shall stand in the file.
-        method: full or lora.
+        method: full, lora or qlora.
+        slurm: for a batch job of one node with 8 GPUs.
     """
     given: dict[str, str] = {
         "name": _yaml(name),
@@ -46,12 +47,15 @@ def run_template(name: str, model: str, data: str, method: str) -> str:
         "optim.lr": _yaml(LR[method]),
         "length.epochs": "3",
     }
+    if slurm:
+        given |= {"cluster.kind": "slurm", "cluster.nodes": "1", "cluster.gpus_per_node": "8"}
     examples: dict[str, str] = {
         "method.targets": f"[{', '.join(LINEAR_LAYERS[:4])}]",
         "data.eval": "[{path: val.jsonl}]",
         "data.system": "{policy: default, text: You are a helpful assistant.}",
         "length.max_steps": "1000",
         "evaluation.every_steps": "200",
+        "cluster.gpu": "H100-80GB",
         "cluster.partition": "gpu",
         "cluster.time": "12:00:00",
         "tracking.wandb": "{project: my-project}",

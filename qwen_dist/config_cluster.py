@@ -25,7 +25,9 @@ PositiveNumber = Annotated[float, Field(gt=0)]
 class Zero(Section):
     """How DeepSpeed shards; auto: what fits and is fastest, as qwen-dist plan shows it."""
 
-    stage: Literal["auto", 2, 3] = Field("auto", description="2: shard optimizer and gradients; 3: weights too")
+    stage: Literal["auto", 2, 3] = Field(
+        "auto", description="2: shard optimizer and gradients; 3: weights too; auto: what fits and is fastest"
+    )
     offload: Literal["auto", "none", "optimizer", "all"] = Field(
         "auto", description="Kept in host memory: none, the optimizer, or all (optimizer and weights; stage 3)"
     )

@@ -14,6 +14,7 @@ from qwen_dist.errors import UserError
 EPILOG = """\b
 Example:
   qwen-dist init run.yaml --data chat.jsonl --lora
+  qwen-dist init big.yaml --data chat.jsonl --slurm
 """
 
 
@@ -21,9 +22,12 @@ Example:
 @click.argument("path", metavar="[PATH]", default="run.yaml", type=click.Path(path_type=Path))
 @click.option("--data", default="chat.jsonl", show_default=True, metavar="FILE", help="JSONL file of conversations.")
 @click.option("--model", default="Qwen/Qwen3-14B", show_default=True, metavar="M", help="Hub id or local folder.")
-@click.option("--lora/--full", default=False, help="Train adapters, or every weight (the default).")
+@click.option("--full", "method", flag_value="full", default=True, help="Train every weight (the default).")
+@click.option("--lora", "method", flag_value="lora", help="Train adapters.")
+@click.option("--qlora", "method", flag_value="qlora", help="Train adapters beside a base in 4 bits.")
+@click.option("--slurm", is_flag=True, help="For a Slurm cluster: one node with 8 GPUs.")
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
-def command(path: Path, data: str, model: str, lora: bool, force: bool) -> int:
+def command(path: Path, data: str, model: str, method: str, slurm: bool, force: bool) -> int:
     """Write a run file with comments, to edit."""
     from launch.run_paths import resolve_model_path
     from launch.run_template import run_template
@@ -41,7 +45,8 @@ def command(path: Path, data: str, model: str, lora: bool, force: bool) -> int:
         name=_run_name(path),
         model=_relative(local_model, folder, "./") if local_model != model else model,
         data=_relative(os.path.abspath(os.path.expanduser(data)), folder),
-        method="lora" if lora else "full",
+        method=method,
+        slurm=slurm,
     )
     try:
         write_atomically(path, text)

@@ -12,7 +12,7 @@ from launch.run_problems import all_keys
 from launch.run_template import run_template
 
 
-@pytest.mark.parametrize("option", ["--full", "--lora"])
+@pytest.mark.parametrize("option", ["--full", "--lora", "--qlora"])
 def test_it_loads(project, cli, option):
     result = cli("init", "new.yaml", "--data", "rows.jsonl", option)
     assert (result.code, result.out) == (0, "Wrote new.yaml.\nNext: qwen-dist plan new.yaml\n")
@@ -20,6 +20,12 @@ def test_it_loads(project, cli, option):
     assert loaded.warnings == []
     assert loaded.run.method.kind == option.removeprefix("--")
     assert loaded.run.name == "new"
+
+
+def test_it_knows_slurm(project, cli):
+    assert cli("init", "new.yaml", "--data", "rows.jsonl", "--slurm").code == 0
+    cluster = load_run("new.yaml", environ={}).run.cluster
+    assert (cluster.kind, cluster.nodes, cluster.gpus_per_node) == ("slurm", 1, 8)
 
 
 def test_every_line_works_when_taken_into_use(project, cli):
