@@ -4,13 +4,12 @@
     python examples/demo/demo.py --set method.kind=lora --set zero.stage=3
 
 Prints every command that it runs, so that each can be typed by hand. Exit codes: 0 every answer is the data's,
-1 one is not, otherwise that of the command that failed. Standard library only.
+1 one is not, otherwise that of the command that failed. Imports the standard library and the run directory's lease.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import shlex
@@ -21,6 +20,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from qwen_dist.errors import UserError
+from qwen_dist.lease import held
 
 REPO = Path(__file__).resolve().parents[2]
 DEMO = Path("examples/demo")  # commands run in REPO, and name files as a reader there would
@@ -136,12 +138,11 @@ def remove_earlier_run(run_dir: Path, config: Path) -> None:
         is_ours = False
     if not is_ours:
         raise DemoFailed(f"{run_dir} is in the way, and no earlier demo made it; move it elsewhere.")
-    with (run_dir / ".lock").open("a") as lock:  # qwen-dist train holds it while it works
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DemoFailed(f"another demo is at work in {run_dir}; wait for it, or stop it.") from None
-        shutil.rmtree(run_dir)
+    try:
+        with held(run_dir, print, print):  # as qwen-dist train does while it works
+            shutil.rmtree(run_dir)
+    except UserError as error:
+        raise DemoFailed(str(error), error.exit_code) from None
 
 
 def ask(question: Question) -> dict[str, Any]:

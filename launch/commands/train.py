@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, UserError
+from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
 
 if TYPE_CHECKING:
     from launch.start import Start
+    from qwen_dist.lease import Holder
 
 EPILOG = """\b
 Example:
@@ -33,10 +34,10 @@ Exit codes: 0 done, 1 failed, 2 wrong run file,
 @click.option("--dry-run", is_flag=True, help="Write the run directory and print the command, start nothing.")
 def command(run_file: Path, overrides: tuple[str, ...], dry_run: bool) -> int:
     """Train here: on one GPU, on all GPUs of this machine, or on CPU. Resumes a run that is already there."""
-    from launch.lock import exclusive
     from launch.run_file import load_run
     from launch.show import plan_text, short_path
     from launch.start import make_start
+    from qwen_dist.lease import held
 
     loaded = load_run(run_file, overrides)
     for warning in loaded.warnings:
@@ -51,20 +52,27 @@ def command(run_file: Path, overrides: tuple[str, ...], dry_run: bool) -> int:
     if start.kind == "done":
         click.echo(f"\n{folder} is finished.\nNext: qwen-dist export {shlex.quote(folder)}")
         return EXIT_DONE
-    with exclusive(start.run_dir):
+    with held(start.run_dir.path, click.echo, _end_for) as token:
         start.write()
         if dry_run:
             click.echo(f"\nWrote {folder}. Start it with:\n{start.command}")
             return EXIT_DONE
-        return _train(start, folder)
+        return _train(start, folder, token)
 
 
-def _train(start: Start, folder: str) -> int:
+def _end_for(holder: Holder) -> None:
+    """End this run, whose directory is `holder`'s by now: it was taken for dead. Its ranks end with this process."""
+    click.echo(f"error: the run directory was taken over by another run ({holder}); this one ends.", err=True)
+    os._exit(EXIT_RUN_FAILED)
+
+
+def _train(start: Start, folder: str, token: str) -> int:
     from launch.hosts import inherited_environment
     from launch.supervise import supervise
+    from qwen_dist.lease import LEASE_VARIABLE
 
     click.echo(f"\n{'Resuming' if start.kind == 'resume' else 'Starting'} {folder}")
-    environ = {**inherited_environment(os.environ), **start.variables}
+    environ = {**inherited_environment(os.environ), **start.variables, LEASE_VARIABLE: token}
     outcome = supervise(start.argv, environ, start.run_dir)
     if outcome.exit_code == EXIT_DONE:
         click.echo(f"Done: {outcome.message}.\nNext: qwen-dist export {shlex.quote(folder)}")

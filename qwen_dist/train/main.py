@@ -7,7 +7,9 @@ import logging
 import os
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import torch
@@ -17,6 +19,7 @@ from qwen_dist.data.encoding.tokenizer import load_tokenizer
 from qwen_dist.data.order.ledger import Ledger
 from qwen_dist.data.order.shard import plan_evaluation, plan_run
 from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
+from qwen_dist.lease import Holder, held
 from qwen_dist.log import get_logger, log_to_file, start_logging
 from qwen_dist.report.reporter import Reporter
 from qwen_dist.run_dir import RunDir, write_json
@@ -24,8 +27,9 @@ from qwen_dist.train.checkpoint import State, load_checkpoint, newest_checkpoint
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.loop import Job, train
+from qwen_dist.train.ranks import rank_environment
 from qwen_dist.train.signals import StopRequest
-from qwen_dist.train.world import rank_environment, start_world
+from qwen_dist.train.world import exit_at_once, start_world
 
 # How long a rank with a user error waits for rank 0 to tell of it: ranks start seconds apart on a busy machine.
 RANK_0_SPEAKS_S = 15.0
@@ -37,10 +41,31 @@ CLOCK_SKEW_S = 1.0
 
 
 def main(path: str) -> int:
-    """Run one attempt on the run directory `path`; returns the exit code, which outcome.json has as well."""
+    """Run one attempt on the run directory `path`, while nobody else is at work there; returns the exit code.
+
+    Rank 0 takes the directory's lease before it joins the others, who cannot train without it.
+    """
     rank = int(rank_environment(dict(os.environ))["RANK"])
     start_logging(rank)
-    run_dir, progress = RunDir(Path(path)), {"attempt": 0, "step": 0}
+    run_dir = RunDir(Path(path))
+    try:
+        with held(run_dir.path, get_logger().info, end_for) if rank == 0 else nullcontext():
+            return attempt(run_dir, rank)
+    except UserError as error:  # the directory is another's: nothing is written there
+        get_logger().error("error: %s", error)
+        time.sleep(WORDS_ARRIVE_S)
+        return error.exit_code
+
+
+def end_for(holder: Holder) -> NoReturn:
+    """End this process, whose run directory is `holder`'s by now: it was taken for dead."""
+    get_logger().error("error: the run directory was taken over by another run (%s); this one ends", holder)
+    exit_at_once(EXIT_RUN_FAILED)
+
+
+def attempt(run_dir: RunDir, rank: int) -> int:
+    """Run one attempt and tell how it ended; returns the exit code, which outcome.json has as well."""
+    progress = {"attempt": 0, "step": 0}
     try:
         state, num_steps = run_attempt(run_dir, progress)
         finished = state.step == num_steps

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_dist import heartbeat
 from qwen_dist.config import Source
 from qwen_dist.data.cache import claims, workers
 from qwen_dist.data.cache.claims import claimed
@@ -104,7 +105,7 @@ def test_what_another_has_done_before_our_claim_is_taken(tmp_path: Path, monkeyp
 
 
 def test_a_claim_is_renewed_while_the_work_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.02)
     path = tmp_path / "part.claim"
     with claimed(path):
         time.sleep(0.4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import sys
@@ -11,6 +10,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from qwen_dist.lease import held
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 ROWS = [json.loads(line) for line in (DEMO / "train.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -90,10 +91,8 @@ def test_it_leaves_other_folders_alone(demo: ModuleType, tmp_path: Path, changes
 
 def test_it_does_not_remove_a_run_that_is_being_trained(demo: ModuleType, tmp_path: Path) -> None:
     write_run(tmp_path / "demo")
-    with (tmp_path / "demo" / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(demo.DemoFailed, match="at work"):
-            demo.remove_earlier_run(tmp_path / "demo", DEMO / "config.json")
+    with held(tmp_path / "demo", print, print), pytest.raises(demo.DemoFailed, match="at work"):
+        demo.remove_earlier_run(tmp_path / "demo", DEMO / "config.json")
     assert (tmp_path / "demo" / "run.json").is_file()
 
 

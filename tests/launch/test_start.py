@@ -9,6 +9,7 @@ import sys
 
 from launch.run_file import load_run
 from qwen_dist.config import Run
+from qwen_dist.lease import held
 from tests.launch.conftest import snapshot, write_run
 
 
@@ -16,7 +17,7 @@ def test_a_dry_run_writes_the_run_directory(project, cli):
     result = cli("train", "run.yaml", "optim.lr=3e-4", "--dry-run")
     assert result.code == 0
     run_dir = project / "runs" / "small"
-    assert {path.name for path in run_dir.iterdir()} == {"run.json", "ds_config.json", "command.txt", ".lock"}
+    assert {path.name for path in run_dir.iterdir()} == {"run.json", "ds_config.json", "command.txt"}
     record = json.loads((run_dir / "run.json").read_text())
     assert Run.model_validate(record["config"]) == load_run("run.yaml", ["optim.lr=3e-4"], {}).run
     assert record["sources"]["optim.lr"] == "command line"
@@ -68,13 +69,14 @@ def test_no_secret_of_the_environment_is_kept(project, cli, monkeypatch):
 
 
 def test_two_trainings_of_one_run_directory(project, cli):
-    from launch.lock import exclusive
-    from qwen_dist.run_dir import RunDir
-
-    with exclusive(RunDir(project / "runs" / "small")):
-        result = cli("train", "run.yaml")
-    assert result.code == 2
-    assert f"another qwen-dist train (process {os.getpid()}) is at work" in result.err
+    with held(project / "runs" / "small", print, print):
+        before = snapshot(project / "runs" / "small")
+        for words in ([], ["--dry-run"]):
+            result = cli("train", "run.yaml", *words)
+            assert result.code == 2
+            assert f"another run (process {os.getpid()} on " in result.err
+        assert snapshot(project / "runs" / "small") == before
+    assert cli("train", "run.yaml", "--dry-run").code == 0
 
 
 def test_an_output_dir_that_is_a_file(project, cli):

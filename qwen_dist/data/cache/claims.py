@@ -7,15 +7,11 @@ harmless.
 from __future__ import annotations
 
 import os
-import threading
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-HEARTBEAT_S = 5.0
-# A claim that was not renewed for so long belongs to a process that is gone, or to a machine that is.
-STALE_S = 30.0
+from qwen_dist.heartbeat import STALE_S, age_s, beating
 
 
 @contextmanager
@@ -30,13 +26,11 @@ def claimed(path: Path, stale_s: float = STALE_S) -> Iterator[bool]:
     if not _create(path) and not (_is_stale(path, stale_s) and _take_over(path)):
         yield False
         return
-    done = threading.Event()
-    try:
-        threading.Thread(target=_renew, args=(path, done), daemon=True).start()
-        yield True
-    finally:
-        path.unlink(missing_ok=True)  # at once, and no thread waited for: the process may just be told to end
-        done.set()
+    with beating(lambda: os.utime(path)):
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _create(path: Path) -> bool:
@@ -53,18 +47,6 @@ def _take_over(path: Path) -> bool:
 
 
 def _is_stale(path: Path, stale_s: float) -> bool:
-    """Judged by the file system's own clock: those of two machines may differ."""
-    probe = path.with_name(f".{uuid.uuid4().hex[:8]}.clock")
-    try:
-        probe.touch()
-        return probe.stat().st_mtime - path.stat().st_mtime > stale_s
-    except FileNotFoundError:  # the claim was given back meanwhile
-        return False
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def _renew(path: Path, done: threading.Event) -> None:
-    while not done.wait(HEARTBEAT_S):
-        with suppress(OSError):
-            os.utime(path)
+    """Whether its process is gone; a claim that was given back meanwhile is not."""
+    age = age_s(path)
+    return age is not None and age > stale_s
