@@ -10,6 +10,7 @@ Layout (`<output_dir>/<name>/`):
     loss.png            the loss curve
     ledger/             attempt_<n>_rank_<r>.bin: which samples each step consumed
     logs/attempt_<n>/   rank_<r>.log
+    preflight/          <attempt>/<rank>.facts.json: what each rank found before training
     checkpoints/        step_<k>/ (whole), step_<k>.incomplete/ (not), latest (a name)
     wandb/              the W&B client's own files
     export/             the Hugging Face folder
@@ -70,6 +71,10 @@ class RunDir:
     @property
     def ledger(self) -> Path:
         return self.path / "ledger"
+
+    @property
+    def preflight(self) -> Path:
+        return self.path / "preflight"
 
     @property
     def checkpoints(self) -> Path:
