@@ -18,7 +18,7 @@ from qwen_dist.run_dir import cache_dir
 if TYPE_CHECKING:
     from qwen_dist.data.cache.prepared import Prepared
 
-ESTIMATE_S = 0.5  # seconds until an estimate stops to look at rows; loading Qwen3's tokenizer takes 0.4 of them
+ESTIMATE_S = 0.25  # seconds until an estimate stops to look at rows; loading Qwen3's tokenizer takes all of them
 # A fingerprint reads every byte of files that are new, about 1 GB/s; beyond this even what is prepared is estimated.
 MAX_FINGERPRINT_BYTES = 200_000_000
 # Windows of an epoch whose packs are counted by `plan`; of more, the others are taken to be like these.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qwen_dist.data.order.table import Table
     from qwen_dist.data.reading.files import DataFile
 
-MIN_PARTS = 4
+MIN_PARTS = 8
 MODEL_SAMPLES = 4096  # samples packed to learn how full packs get
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwen_dist.data.encoding.policy import Policy
     from qwen_dist.data.reading.files import DataFile
 
-ESTIMATE_PART_BYTES = 32 << 10
+ESTIMATE_PART_BYTES = 16 << 10
 # Files of other kinds than JSONL up to this size are read whole; of larger ones the first rows.
 SMALL_BYTES = 1 << 20
 HEAD_BYTES = 1 << 20  # unpacked bytes in which the first rows of those are counted

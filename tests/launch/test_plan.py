@@ -128,7 +128,7 @@ def test_a_plan_for_another_machine_needs_no_gpu(project, cli, monkeypatch):
 
 def test_json(project, cli):
     plan = json.loads(cli("plan", "run.yaml", "--json").out)
-    assert plan["batch"] == {"packs_per_step": 4, "world_size": 2, "accumulation": 2}
+    assert plan["batch"] == {"packs_per_step": 4, "world_size": 2, "accumulation": 2, "packs_per_micro_batch": 1}
     assert plan["data"]["rows"] == len(ROWS)
 
 
