@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launch.hostfile import hosts_of
 from qwen_dist.config import Run
 from qwen_dist.errors import EnvironmentNotReady, UserError
 
@@ -35,18 +36,21 @@ def processes_per_node(run: Run, num_gpus: int) -> int:
 
     Args:
         run: the run.
-        num_gpus: GPUs of this machine; a Slurm job's machines are others, and are described by the run alone.
+        num_gpus: GPUs of this machine; those of a Slurm job or of hosts are others, and the run alone tells them.
 
     Raises:
         EnvironmentNotReady: the run wants GPUs that are not here.
-        UserError: a Slurm job without `cluster.gpus_per_node`.
+        UserError: a Slurm job or hosts without `cluster.gpus_per_node`, or a wrong hostfile.
     """
     wanted = run.cluster.gpus_per_node
+    if run.cluster.kind == "hosts":
+        wanted = hosts_of(run)[0].slots or wanted
     if run.cluster.device == "cpu":
         return 1 if wanted == "auto" else wanted
-    if run.cluster.kind == "slurm":
+    if run.cluster.kind != "local":
         if wanted == "auto":
-            raise UserError("a Slurm job must know its GPUs; set cluster.gpus_per_node, as in cluster.gpus_per_node=8.")
+            what = "a Slurm job" if run.cluster.kind == "slurm" else "a run on several hosts"
+            raise UserError(f"{what} must know its GPUs; set cluster.gpus_per_node, as in cluster.gpus_per_node=8.")
         return wanted
     if num_gpus == 0:
         raise EnvironmentNotReady(
@@ -60,9 +64,20 @@ def processes_per_node(run: Run, num_gpus: int) -> int:
     return num_gpus if wanted == "auto" else wanted
 
 
+def num_nodes(run: Run) -> int:
+    """Machines of the run.
+
+    Raises:
+        UserError: its hostfile is wrong.
+    """
+    if run.cluster.kind == "hosts":
+        return len(hosts_of(run))
+    return run.cluster.nodes if run.cluster.kind == "slurm" else 1
+
+
 def world_size_of(run: Run, per_node: int) -> int:
     """Processes over all machines."""
-    return per_node * (run.cluster.nodes if run.cluster.kind == "slurm" else 1)
+    return per_node * num_nodes(run)
 
 
 def trainer_argv(

@@ -37,6 +37,10 @@ def resolve_paths(values: RawValues, folder: Path) -> None:
                 path: KeyPath = ("data", split, index)
                 _resolve_source(values, source, (*path, "path"), base_of)
                 _resolve_system_files(values, source, path, base_of)
+    cluster = _section(values.raw, "cluster")
+    if isinstance(cluster.get("hostfile"), str) and cluster["hostfile"]:
+        cluster["hostfile"] = _absolute(cluster["hostfile"], base_of(("cluster", "hostfile")))
+        _require_file(values, ("cluster", "hostfile"), cluster["hostfile"])
     if isinstance(output_dir := values.raw.get("output_dir", "runs"), str) and output_dir:
         values.raw["output_dir"] = _absolute(output_dir, Path.cwd())
 

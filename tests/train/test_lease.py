@@ -65,7 +65,7 @@ def take(folder: Path, **environ: str) -> list[str]:
 
 def test_a_second_run_is_refused_at_once_and_the_end_of_the_first_is_seen(start, tmp_path):
     process = start(tmp_path / "run")
-    with pytest.raises(UserError, match=rf"another run \(process {process.pid} on .*, since 20.*\) is at work in .*run;"):
+    with pytest.raises(UserError, match=rf"another run \(process {process.pid} on .*, since 20.*\) is at work in"):
         take(tmp_path / "run")
     process.communicate("")
     assert take(tmp_path / "run") == []
