@@ -50,3 +50,18 @@ class Hardware:
     def world_size(self) -> int:
         """Processes over all machines."""
         return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a probe measured on one GPU, in place of what is assumed; on CPU, one process.
+
+    Attributes:
+        flops_rate: FLOP/s of forward and backward, counted as `qwen_dist/throughput.py` counts them.
+        activation_factor: bytes of activations kept for backward, by those of the memory model.
+        base_bytes: what the device held besides the model's parts: CUDA's context, unused parts of blocks; 0 on CPU.
+    """
+
+    flops_rate: float
+    activation_factor: float
+    base_bytes: int
