@@ -13,6 +13,7 @@ answers() { [ -f "$conf" ] && [ "$(sinfo --noheader --states=idle,mixed,allocate
 # Whether the daemon of that pid file lives; its name is checked, since a number outlives its process.
 runs() { [ -f "$state/$1.pid" ] && [ "$(cat "/proc/$(cat "$state/$1.pid")/comm" 2>/dev/null)" = "${1%-n?}" ]; }
 
+# cred_expire: a requeued job waits until its old credential is void, 120 s by default, and 5 s at least.
 write_conf() {
   mkdir -p "$state"/{ctld,spool/n1,spool/n2,log}
   local host cores
@@ -24,7 +25,7 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=16817
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$state/munge.socket
+AuthInfo=socket=$state/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$state/ctld
 SlurmdSpoolDir=$state/spool/%n
