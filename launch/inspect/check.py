@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from launch.inspect.dataset import Dataset, Place, SplitData
 from launch.inspect.numbers import first_places, rows_held_out
-from launch.inspect.tokens import visible
 from qwen_dist.errors import counted
+from qwen_dist.token_view import visible
 
 if TYPE_CHECKING:
     from qwen_dist.data.formats.messages import Conversation

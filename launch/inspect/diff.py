@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from launch.inspect.dataset import Dataset, Place, SplitData
-from launch.inspect.tokens import Token, TokenTexts
+from qwen_dist.token_view import Token, TokenTexts
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 from launch.inspect.diff import ADDED, REMOVED, SAME, TRAINED, UNTRAINED, WEIGHT, Diff, Run
 from launch.inspect.facts import source_name
-from launch.inspect.terminal import MARK, shown_token
-from launch.inspect.tokens import visible
+from qwen_dist.token_view import MARK, shown_token, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from launch.inspect.tokens import Token
+    from qwen_dist.token_view import Token
 
 SIGNS = {SAME: " ", ADDED: "+", REMOVED: "-", TRAINED: "T", UNTRAINED: "t", WEIGHT: "w"}
 STYLES = {SAME: "dim", ADDED: "green", REMOVED: "red", TRAINED: "bold cyan", UNTRAINED: "yellow", WEIGHT: "magenta"}

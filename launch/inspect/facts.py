@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from launch.inspect.tokens import visible
 from launch.show import short_path
 from qwen_dist.config import Run
 from qwen_dist.errors import counted
+from qwen_dist.token_view import visible
 
 BARS = "▁▂▃▄▅▆▇█"
 NAME_CHARS = 32

@@ -22,8 +22,8 @@ from launch.inspect.facts import (
 )
 from launch.inspect.samples import SampleView, views_of
 from launch.inspect.terminal import difference_of
-from launch.inspect.tokens import Token, visible
 from qwen_dist.errors import UserError
+from qwen_dist.token_view import Token, visible
 
 if TYPE_CHECKING:
     from launch.inspect.serving import Served

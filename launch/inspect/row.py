@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from launch.inspect.dataset import Dataset, Place, SplitData
 from launch.inspect.samples import views
 from launch.inspect.terminal import show_samples
-from launch.inspect.tokens import visible
 from qwen_dist.errors import UserError
+from qwen_dist.token_view import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

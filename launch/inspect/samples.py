@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from launch.inspect.dataset import Dataset, SplitData
 from launch.inspect.serving import Served, served_turns
-from launch.inspect.tokens import Token, TokenTexts
+from qwen_dist.token_view import Token, TokenTexts
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,18 +7,15 @@ from typing import TYPE_CHECKING
 
 from launch.inspect.samples import SampleView
 from launch.inspect.serving import Served
-from launch.inspect.tokens import Token, visible
+from qwen_dist.token_view import MARK, Token, pieces, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
 SIDE_BY_SIDE = 120  # columns from which training and serving stand beside each other
-MARK = "·"  # between two tokens
 TRAINED, CONTROL, QUIET = "bold green", "cyan", "dim"
 TRAINED_WITHOUT_COLOR = "bold underline"
-# Tokens of one stretch, all trained or all fed, that are shown; the middle of a longer one is left out.
-MAX_STRETCH = 240
 
 
 def show_samples(console: Console, shown: Sequence[SampleView], in_full: bool = False) -> None:
@@ -92,43 +89,5 @@ def tokens_text(console: Console, tokens: Sequence[Token], in_full: bool) -> Tex
     """Tokens as text, stretch after stretch."""
     from rich.text import Text
 
-    text, is_terminal, style = Text(), console.is_terminal, trained_style(console)
-    for stretch in _stretches(tokens):
-        is_trained = stretch[0].weight > 0
-        if is_trained and not is_terminal:
-            text.append("⟦")
-        if in_full or len(stretch) <= MAX_STRETCH:
-            _append(text, stretch, style)
-        else:
-            half = MAX_STRETCH // 2
-            _append(text, stretch[:half], style)
-            text.append(f"\n… {len(stretch) - 2 * half:,} tokens …\n", style="italic dim")
-            _append(text, stretch[-half:], style)
-        if is_trained and not is_terminal:
-            text.append("⟧")
-    return text
-
-
-def _append(text: Text, stretch: Sequence[Token], trained: str) -> None:
-    """One stretch, with a thin mark after each token but the last of a line."""
-    for number, token in enumerate(stretch):
-        if number and not text.plain.endswith("\n"):
-            text.append(MARK, style=QUIET)
-        style = trained if token.weight else CONTROL if token.is_control else ""
-        text.append(shown_token(token), style=style)
-
-
-def shown_token(token: Token) -> str:
-    """A token's text, its line breaks marked."""
-    return visible(token.text).replace("\n", "↵\n")
-
-
-def _stretches(tokens: Sequence[Token]) -> list[list[Token]]:
-    """Neighbours of the same weight."""
-    found: list[list[Token]] = []
-    for token in tokens:
-        if found and found[-1][-1].weight == token.weight:
-            found[-1].append(token)
-        else:
-            found.append([token])
-    return found
+    styles = {"trained": trained_style(console), "control": CONTROL, "fed": "", "mark": QUIET, "gap": "italic dim"}
+    return Text.assemble(*pieces(tokens, styles, brackets=not console.is_terminal, in_full=in_full))

@@ -13,9 +13,9 @@ import pytest
 
 from launch.inspect.facts import percent, places_shown, spark
 from launch.inspect.numbers import length_numbers, world_size_of_run
-from launch.inspect.tokens import TokenTexts, visible
 from launch.run_file import load_run
 from qwen_dist.data.encoding.tokenizer import load_tokenizer
+from qwen_dist.token_view import TokenTexts, visible
 from tests.launch.conftest import TOKENIZER, write_run
 
 Cli = Callable[..., Any]

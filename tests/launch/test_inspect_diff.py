@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.inspect.diff import ADDED, REMOVED, SAME, TRAINED, UNTRAINED, token_runs
-from launch.inspect.tokens import Token
+from qwen_dist.token_view import Token
 from tests.launch.conftest import TOKENIZER, write_run
 from tests.launch.test_inspect import chat, write_lines
 
