@@ -1,0 +1,90 @@
+"""What torch and DeepSpeed find on this machine, for `qwen-dist doctor`, whose own process imports neither."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from typing import Any
+
+from qwen_dist.errors import EnvironmentNotReady
+from qwen_dist.train.preflight.facts import software
+
+# The DeepSpeed ops that a run can need, and when: cpu_adam with an offload, async_io with zero.nvme_path.
+OPS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
+
+
+def here(device: str, attention: str) -> dict[str, Any]:
+    """Facts as JSON values.
+
+    Args:
+        device: "cuda" or "cpu", where a run computes.
+        attention: `model.attention` of the run.
+
+    Returns:
+        "versions"; "has_cuda" and "cuda_error" (why not); "gpus" that torch sees; "ops": name -> "built", "can be
+        built" or why not; "has_ninja"; "cuda_home"; "attention": [backend, reason], or "attention_error".
+    """
+    # DeepSpeed and torch narrate while they are imported and probed; stdout is for the JSON alone.
+    with contextlib.redirect_stdout(io.StringIO()):
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, is_ninja_available
+
+        from qwen_dist.train.attention import choose_attention
+
+        found = software()
+        found |= {"has_cuda": torch.cuda.is_available(), "cuda_error": _cuda_error(), "cuda_home": CUDA_HOME}
+        found |= {"gpus": torch.cuda.device_count() if found["has_cuda"] else 0}
+        found |= {"has_bf16": not found["has_cuda"] or torch.cuda.is_bf16_supported(including_emulation=False)}
+        found |= {"has_ninja": is_ninja_available(), "ops": {name: _op(builder) for name, builder in OPS.items()}}
+        try:
+            found["attention"] = choose_attention(attention, device)
+            _import_kernels(found["attention"][0])
+        except EnvironmentNotReady as error:
+            found["attention_error"] = str(error)
+    return found
+
+
+def _import_kernels(backend: str) -> None:
+    """Import what the backend computes with: a build for another torch is found, and fails only here.
+
+    Raises:
+        EnvironmentNotReady: it cannot be imported.
+    """
+    if backend != "flash_attention_2":
+        return
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:
+        raise EnvironmentNotReady(
+            f"flash-attn is installed, but cannot be imported ({str(error).splitlines()[0]}); reinstall it for this "
+            "torch, or set model.attention=sdpa."
+        ) from None
+
+
+def _cuda_error() -> str | None:
+    """Why torch cannot use a GPU, in its own words; None where it can, or was built without CUDA."""
+    import torch
+
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "no GPU is visible"
+
+
+def _op(builder_name: str) -> str:
+    """Whether an op is there, could be compiled at the start of a run, or what it lacks."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import accelerator_name, installed_ops
+
+    accelerator = get_accelerator()
+    builder = accelerator.create_op_builder(builder_name)
+    if installed_ops.get(builder.name) and accelerator_name == accelerator._name:
+        return "built"
+    try:
+        return "can be built" if builder.is_compatible(verbose=False) else builder.error_log or "lacks a library"
+    except Exception as error:  # a builder raises what its probe meets, as a missing nvcc
+        return str(error).splitlines()[0]
