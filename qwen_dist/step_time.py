@@ -1,0 +1,238 @@
+"""How long an optimizer step takes: products, memory traffic, collectives, offload. Pure; standard library only.
+
+A model, not a measurement: within about a fifth for dense models on GPUs with NVLink. Every share of a data sheet's
+rate that it assumes is a constant below; `Measured` replaces the one that matters most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_dist.hardware import Gpu, Hardware, Measured
+from qwen_dist.layout import Layout
+from qwen_dist.shapes import ModelShape
+from qwen_dist.throughput import forward_cost, step_cost
+
+# Large bf16 products reach 600 to 700 of an H100's 989 TFLOP/s under its power limit; flash attention, forward and
+# backward together, 300 to 400 (FlashAttention-2, Dao 2023: half of the peak on A100, a third on H100).
+MATMUL_SHARE, ATTENTION_SHARE = 0.62, 0.35
+MEMORY_SHARE = 0.8  # of a GPU's memory bandwidth, reached by kernels that only read and write
+LINK_SHARE = 0.75  # of a link's rate, reached by NCCL in collectives of a hundred megabytes
+OVERLAP = 0.8  # of a collective that runs beside the computation, where there is enough of it
+# bf16 and fp32 bytes that a layer's norms, rotations and activations read and write in forward, by width.
+HIDDEN_BYTES, HEADS_BYTES, MLP_BYTES = 40, 24, 12
+# Python and CUDA take so long to start a layer's kernels, forward and backward; adapters add half, ZeRO-3's hooks as
+# much again. It matters only where the GPU is quicker than that: small models, short packs.
+LAUNCH_S = 0.8e-3
+# AdamW reads the gradient, master weight and two moments in fp32, and writes three of them and the bf16 weight.
+ADAM_BYTES = 16 + 14
+HOST_ADAM_BYTES_S = 100e9  # of memory traffic by all cores of a machine with two sockets
+NVME_BYTES_S = 5e9  # of a machine's local disk, reading and writing
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one optimizer step of a run has to do.
+
+    Attributes:
+        accumulation: micro-batches of each process.
+        pack_tokens: tokens in an average pack.
+        sample_tokens: tokens that a token's sample has on average; attention goes no further.
+        supervised_share: of the tokens, those that are trained: only they go through the head.
+    """
+
+    accumulation: int
+    pack_tokens: float
+    sample_tokens: float
+    supervised_share: float = 1.0
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step by part, and what it achieves.
+
+    Attributes:
+        compute_s: the GPU computes, or waits for its kernels to be started.
+        communication_s: of collectives, what the computation does not hide.
+        optimizer_s: the update of the weights, on the GPU or on the host.
+        offload_s: transfers between the GPU and host memory or a disk, not hidden.
+        tokens: of all processes.
+        flops: of all processes, without what is recomputed.
+    """
+
+    compute_s: float
+    communication_s: float
+    optimizer_s: float
+    offload_s: float
+    tokens: float
+    flops: float
+    world_size: int
+    peak_flops: float
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of a step."""
+        return self.compute_s + self.communication_s + self.optimizer_s + self.offload_s
+
+    @property
+    def tokens_per_gpu_s(self) -> float:
+        """Tokens that one GPU trains on in a second."""
+        return self.tokens / self.world_size / self.total_s
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilization: FLOP that the model needs, as a share of what the GPUs could compute."""
+        return self.flops / self.world_size / self.total_s / self.peak_flops
+
+
+def step_time(
+    shape: ModelShape, layout: Layout, hardware: Hardware, work: Work, measured: Measured | None = None
+) -> StepTime:
+    """Seconds of one optimizer step.
+
+    Args:
+        shape: of the model.
+        layout: how it lies on the GPUs.
+        hardware: with GPUs; on CPU nothing is told.
+        work: of the step.
+        measured: rates of a probe, in place of assumed ones.
+    """
+    gpu = hardware.gpu
+    assert gpu is not None, "the time of a step on CPU is not modelled"
+    tokens = layout.packs_per_micro_batch * work.pack_tokens
+    micro_s = max(
+        _products_s(shape, layout, gpu, work, measured) * tokens + _traffic_s(shape, layout, gpu, tokens),
+        _launch_s(shape, layout),
+    )
+    collectives_s = _collectives_s(shape, layout, hardware)
+    transfers_s = _transfers_s(shape, layout, gpu)
+    exposed_s = collectives_s - OVERLAP * min(collectives_s, micro_s)
+    exposed_transfers_s = transfers_s - OVERLAP * min(transfers_s, micro_s)
+    gather_s = _weights_gather_s(shape, layout, hardware)
+    model = step_cost(shape, "full" if layout.method == "full" else "lora", 0.0)
+    flops = model.linear_token + model.head_token * work.supervised_share + model.attention_pair * work.sample_tokens
+    all_tokens = tokens * work.accumulation * layout.world_size
+    return StepTime(
+        compute_s=work.accumulation * micro_s,
+        communication_s=work.accumulation * exposed_s + gather_s,
+        optimizer_s=_optimizer_s(shape, layout, gpu),
+        offload_s=work.accumulation * exposed_transfers_s,
+        tokens=all_tokens,
+        flops=flops * all_tokens,
+        world_size=layout.world_size,
+        peak_flops=gpu.bf16_flops,
+    )
+
+
+def trainable_parameters(shape: ModelShape, layout: Layout) -> int:
+    """Parameters that the optimizer updates."""
+    return shape.num_parameters if layout.method == "full" else shape.lora_parameters(layout.rank, layout.targets)
+
+
+def _products_s(shape: ModelShape, layout: Layout, gpu: Gpu, work: Work, measured: Measured | None) -> float:
+    """Seconds for the products of one token."""
+    recompute = layout.recomputed_layers / shape.num_layers
+    cost = step_cost(shape, "full" if layout.method == "full" else "lora", recompute)
+    # fp32 runs in TF32 on Ampere and later, at half of the rate of bf16.
+    rate = gpu.bf16_flops if layout.precision == "bf16" else gpu.bf16_flops / 2
+    matmul_rate = MATMUL_SHARE * rate
+    if measured is not None and measured.flops_rate is not None:
+        matmul_rate = measured.flops_rate
+    adapters = 0 if layout.method == "full" else 2 * (3 + recompute) * trainable_parameters(shape, layout)
+    linear = cost.linear_token + adapters + cost.head_token * work.supervised_share
+    attention_rate = matmul_rate * ATTENTION_SHARE / MATMUL_SHARE
+    return linear / matmul_rate + cost.attention_pair * work.sample_tokens / attention_rate
+
+
+def _traffic_s(shape: ModelShape, layout: Layout, gpu: Gpu, tokens: float) -> float:
+    """Seconds of a micro-batch for kernels that only move bytes in the GPU's own memory."""
+    recompute = layout.recomputed_layers / shape.num_layers
+    widths = HIDDEN_BYTES * shape.hidden_size + MLP_BYTES * shape.active_intermediate_size
+    widths += HEADS_BYTES * (shape.query_size + shape.kv_size)
+    activations = (3 + recompute) * shape.num_layers * widths * tokens
+    # A gradient is copied to its bucket, and a share of the sum added to what is there, in fp32.
+    gradients = trainable_parameters(shape, layout) * (4 + 10 / layout.world_size)
+    # ZeRO-3 writes and reads each weight that it gathers, once in forward, once in backward.
+    gathered = 2 * 2 * _weight_bytes(shape, layout) if layout.stage == 3 else 0.0
+    # NF4 is read, and bf16 written and read, for each product with the base.
+    unpacked = (2 + recompute) * 4.5 * shape.linear_parameters if layout.method == "qlora" else 0.0
+    return (activations + gradients + gathered + unpacked) / (MEMORY_SHARE * gpu.memory_bytes_s)
+
+
+def _launch_s(shape: ModelShape, layout: Layout) -> float:
+    """Seconds in which a micro-batch's kernels are started."""
+    adapters = 0.0 if layout.method == "full" else 0.5
+    hooks = 1.0 if layout.stage == 3 else 0.0
+    recomputed = layout.recomputed_layers / shape.num_layers / 3
+    return shape.num_layers * LAUNCH_S * (1 + adapters + hooks + recomputed)
+
+
+def _weight_bytes(shape: ModelShape, layout: Layout) -> float:
+    """Bytes of all weights as the forward pass reads them."""
+    if layout.method == "qlora":
+        return 2 * (shape.num_parameters - shape.linear_parameters) + 0.53 * shape.linear_parameters
+    return (2 if layout.precision == "bf16" else 4) * shape.num_parameters
+
+
+def _ring_s(num_bytes: float, world_size: int, bytes_s: float) -> float:
+    """Seconds of an all-gather or reduce-scatter that leaves or takes `num_bytes` on each process."""
+    return num_bytes * (world_size - 1) / world_size / (LINK_SHARE * bytes_s)
+
+
+def _slowest_link(layout: Layout, hardware: Hardware) -> float:
+    """Bytes/s of a ring over all processes: it leaves each machine through all of its network ports together."""
+    assert hardware.gpu is not None
+    link = hardware.gpu.link_bytes_s
+    return link if layout.nodes == 1 else min(link, hardware.network_bytes_s)
+
+
+def _collectives_s(shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
+    """Seconds of a micro-batch's collectives.
+
+    ZeRO-2 reduces gradients in each backward (DeepSpeed 0.19.8 shards what it accumulates). ZeRO-3 gathers weights in
+    forward and in backward besides; hpZ gathers those of backward within the node.
+    """
+    assert hardware.gpu is not None
+    width = 2 if layout.precision == "bf16" else 4
+    link = _slowest_link(layout, hardware)
+    seconds = _ring_s(width * trainable_parameters(shape, layout), layout.world_size, link)
+    if layout.stage == 3:
+        weights = _weight_bytes(shape, layout)
+        seconds += _ring_s(weights, layout.world_size, link)
+        in_node = _ring_s(weights, layout.gpus_per_node, hardware.gpu.link_bytes_s)
+        seconds += in_node if layout.hpz else _ring_s(weights, layout.world_size, link)
+    return seconds
+
+
+def _weights_gather_s(shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
+    """Seconds of ZeRO-2's all-gather after the update, which nothing runs beside."""
+    if layout.stage == 3:
+        return 0.0
+    width = 2 if layout.precision == "bf16" else 4
+    num_bytes = width * trainable_parameters(shape, layout)
+    return _ring_s(num_bytes, layout.world_size, _slowest_link(layout, hardware))
+
+
+def _transfers_s(shape: ModelShape, layout: Layout, gpu: Gpu) -> float:
+    """Seconds of a micro-batch's transfers to and from the host: fp32 gradients out; weights in, twice."""
+    if layout.offload == "none":
+        return 0.0
+    gradients = 4 * trainable_parameters(shape, layout) / layout.world_size / gpu.host_bytes_s
+    if layout.offload == "optimizer":
+        return gradients
+    weights = 2 * _weight_bytes(shape, layout)
+    in_s = weights / layout.world_size / gpu.host_bytes_s
+    from_disk_s = weights / layout.nodes / NVME_BYTES_S if layout.on_nvme else 0.0
+    return gradients + max(in_s, from_disk_s)
+
+
+def _optimizer_s(shape: ModelShape, layout: Layout, gpu: Gpu) -> float:
+    """Seconds of the update: bound by memory, that of the GPU or that of the host."""
+    trained = trainable_parameters(shape, layout)
+    if layout.offload == "none":
+        return ADAM_BYTES * trained / layout.world_size / (MEMORY_SHARE * gpu.memory_bytes_s)
+    seconds = ADAM_BYTES * trained / layout.nodes / HOST_ADAM_BYTES_S
+    seconds += 2 * trained / layout.world_size / gpu.host_bytes_s
+    if layout.on_nvme:
+        seconds += 2 * 12 * trained / layout.nodes / NVME_BYTES_S
+    return seconds
