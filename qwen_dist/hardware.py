@@ -68,17 +68,17 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a probe measured on the GPUs at hand; it replaces what is assumed.
+    """What a probe measured on one GPU, in place of what is assumed; on CPU, one process.
 
     Attributes:
-        flops_rate: FLOP/s of a step's products.
-        activation_factor: activations, measured over computed.
-        base_bytes: of the GPU's memory that no tensor holds: CUDA's context and libraries.
+        flops_rate: FLOP/s of forward and backward, counted as `qwen_dist/throughput.py` counts them.
+        activation_factor: bytes of activations kept for backward, by those of the memory model.
+        base_bytes: what the device held besides the model's parts: CUDA's context, unused parts of blocks; 0 on CPU.
     """
 
-    flops_rate: float | None = None
-    activation_factor: float | None = None
-    base_bytes: int | None = None
+    flops_rate: float
+    activation_factor: float
+    base_bytes: int
 
 
 def _gpu(name: str, gib: float, tflops: float, memory_gb_s: float, link_gb_s: float, host_gb_s: float) -> Gpu:
@@ -86,8 +86,8 @@ def _gpu(name: str, gib: float, tflops: float, memory_gb_s: float, link_gb_s: fl
 
 
 # Rates by NVIDIA's data sheets of each product: bf16 without sparsity, half of NVLink's sum of both directions, one
-# direction of PCIe x16 (64 GB/s in its 5th generation, 32 in its 4th). Memory as CUDA reports it, which is less than the
-# name says where ECC or the driver keep some. GPUs without NVLink send to each other over PCIe.
+# direction of PCIe x16 (64 GB/s in its 5th generation, 32 in its 4th). Memory as CUDA reports it, which is less than
+# the name says where ECC or the driver keep some. GPUs without NVLink send to each other over PCIe.
 _PCIE4, _PCIE5, _NVLINK3, _NVLINK4, _NVLINK5 = 32, 64, 300, 450, 900
 GPUS = (
     _gpu("H100-80GB", 79.1, 989, 3350, _NVLINK4, _PCIE5),

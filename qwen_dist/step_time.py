@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qwen_dist.hardware import Gpu, Hardware, Measured
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape
-from qwen_dist.throughput import forward_cost, step_cost
+from qwen_dist.throughput import StepCost, step_cost
 
 # Large bf16 products reach 600 to 700 of an H100's 989 TFLOP/s under its power limit; flash attention, forward and
 # backward together, 300 to 400 (FlashAttention-2, Dao 2023: half of the peak on A100, a third on H100).
@@ -100,16 +100,13 @@ def step_time(
     gpu = hardware.gpu
     assert gpu is not None, "the time of a step on CPU is not modelled"
     tokens = layout.packs_per_micro_batch * work.pack_tokens
-    micro_s = max(
-        _products_s(shape, layout, gpu, work, measured) * tokens + _traffic_s(shape, layout, gpu, tokens),
-        _launch_s(shape, layout),
-    )
+    micro_s = _micro_batch_s(shape, layout, gpu, work, measured)
     collectives_s = _collectives_s(shape, layout, hardware)
     transfers_s = _transfers_s(shape, layout, gpu)
     exposed_s = collectives_s - OVERLAP * min(collectives_s, micro_s)
     exposed_transfers_s = transfers_s - OVERLAP * min(transfers_s, micro_s)
     gather_s = _weights_gather_s(shape, layout, hardware)
-    model = step_cost(shape, "full" if layout.method == "full" else "lora", 0.0)
+    model = step_cost(shape, layout.method, 0.0)
     flops = model.linear_token + model.head_token * work.supervised_share + model.attention_pair * work.sample_tokens
     all_tokens = tokens * work.accumulation * layout.world_size
     return StepTime(
@@ -129,19 +126,24 @@ def trainable_parameters(shape: ModelShape, layout: Layout) -> int:
     return shape.num_parameters if layout.method == "full" else shape.lora_parameters(layout.rank, layout.targets)
 
 
-def _products_s(shape: ModelShape, layout: Layout, gpu: Gpu, work: Work, measured: Measured | None) -> float:
+def _micro_batch_s(shape: ModelShape, layout: Layout, gpu: Gpu, work: Work, measured: Measured | None) -> float:
+    """Seconds of forward and backward of one micro-batch."""
+    tokens = layout.packs_per_micro_batch * work.pack_tokens
+    cost = step_cost(shape, layout.method, layout.recomputed_layers / shape.num_layers)
+    if measured is not None:
+        flops = cost.linear_token + cost.head_token * work.supervised_share + cost.attention_pair * work.sample_tokens
+        return flops * tokens / measured.flops_rate
+    busy_s = _products_s(shape, layout, gpu, work, cost) * tokens + _traffic_s(shape, layout, gpu, tokens)
+    return max(busy_s, _launch_s(shape, layout))
+
+
+def _products_s(shape: ModelShape, layout: Layout, gpu: Gpu, work: Work, cost: StepCost) -> float:
     """Seconds for the products of one token."""
-    recompute = layout.recomputed_layers / shape.num_layers
-    cost = step_cost(shape, "full" if layout.method == "full" else "lora", recompute)
     # fp32 runs in TF32 on Ampere and later, at half of the rate of bf16.
     rate = gpu.bf16_flops if layout.precision == "bf16" else gpu.bf16_flops / 2
-    matmul_rate = MATMUL_SHARE * rate
-    if measured is not None and measured.flops_rate is not None:
-        matmul_rate = measured.flops_rate
-    adapters = 0 if layout.method == "full" else 2 * (3 + recompute) * trainable_parameters(shape, layout)
+    adapters = 0 if layout.method == "full" else 6 * trainable_parameters(shape, layout)
     linear = cost.linear_token + adapters + cost.head_token * work.supervised_share
-    attention_rate = matmul_rate * ATTENTION_SHARE / MATMUL_SHARE
-    return linear / matmul_rate + cost.attention_pair * work.sample_tokens / attention_rate
+    return linear / (MATMUL_SHARE * rate) + cost.attention_pair * work.sample_tokens / (ATTENTION_SHARE * rate)
 
 
 def _traffic_s(shape: ModelShape, layout: Layout, gpu: Gpu, tokens: float) -> float:
