@@ -45,9 +45,17 @@ class Engine:
         Returns:
             The micro-batch's weighted sum of negative log-likelihoods, a detached fp32 scalar on the device.
         """
-        nll_sum = self._nll_sum(batch)
-        self.ds_engine.backward(nll_sum * (self.world.world_size / step_weight), scale_wrt_gas=False)
+        nll_sum = self.forward(batch)
+        self.backward_of(nll_sum, step_weight)
         return nll_sum.detach()
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """The micro-batch's weighted sum of negative log-likelihoods, to be given to `backward_of`."""
+        return summed_loss(self.ds_engine, batch, self.backend, self.world.device)
+
+    def backward_of(self, nll_sum: torch.Tensor, step_weight: float) -> None:
+        """`backward` of what `forward` returned."""
+        self.ds_engine.backward(nll_sum * (self.world.world_size / step_weight), scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
         """Clip and apply the step's gradient at learning rate `lr`; only after the last micro-batch."""
@@ -62,21 +70,27 @@ class Engine:
     @torch.no_grad()
     def nll_sum(self, batch: MicroBatch) -> torch.Tensor:
         """The micro-batch's weighted sum of negative log-likelihoods without a gradient."""
-        return self._nll_sum(batch)
-
-    def _nll_sum(self, batch: MicroBatch) -> torch.Tensor:
-        # Found before the copy to the device: counting there would wait for it.
-        positions_N, targets_N, weights_N = (
-            tensor.to(self.world.device, non_blocking=True)
-            for tensor in supervised_positions(batch.labels_1T, batch.weights_1T)
-        )
-        arguments = forward_arguments(batch.to(self.world.device), self.backend)
-        logits_1NV = self.ds_engine(**arguments, logits_to_keep=positions_N).logits
-        return summed_cross_entropy(logits_1NV[0], targets_N, weights_N)
+        return self.forward(batch)
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
         return float(self.ds_engine.get_global_grad_norm() or 0.0)
+
+
+def summed_loss(model: torch.nn.Module, batch: MicroBatch, backend: str, device: torch.device) -> torch.Tensor:
+    """Weighted sum of the negative log-likelihoods of a micro-batch's supervised tokens, a scalar in fp32.
+
+    Args:
+        model: the model, or the DeepSpeed engine around it.
+        backend: its attention backend.
+    """
+    # Found before the copy to the device: counting there would wait for it.
+    positions_N, targets_N, weights_N = (
+        tensor.to(device, non_blocking=True) for tensor in supervised_positions(batch.labels_1T, batch.weights_1T)
+    )
+    arguments = forward_arguments(batch.to(device), backend)
+    logits_1NV = model(**arguments, logits_to_keep=positions_N).logits
+    return summed_cross_entropy(logits_1NV[0], targets_N, weights_N)
 
 
 def make_engine(run: Run, ds_config: dict[str, Any], world: World, num_token_ids: int = 0) -> Engine:
