@@ -88,6 +88,22 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         "lora 2 processes recompute": (TWO_A_PACK, {"method": lora, **recompute}),
         "lora 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"method": lora, "zero__stage": 3, **recompute}),
     }
+    # Four micro-batches a process.
+    offload = {"zero__offload": "optimizer"}
+    offload_all = {"zero__offload": "all", "zero__stage": 3}
+    bf16 = {"model__precision": "bf16"}
+    two_processes |= {
+        "2 processes offload": (ONE_A_PACK, offload),
+        "2 processes zero-3 offload": (ONE_A_PACK, {"zero__stage": 3, **offload}),
+        "2 processes zero-3 offload all": (ONE_A_PACK, offload_all),
+        "lora 2 processes offload": (ONE_A_PACK, {"method": lora, **offload}),
+        "lora 2 processes zero-3 offload all": (ONE_A_PACK, {"method": lora, **offload_all, **recompute}),
+        "bf16 zero-2": (ONE_A_PACK, bf16),
+        "bf16 zero-2 offload": (ONE_A_PACK, bf16 | offload),
+        "bf16 zero-3": (ONE_A_PACK, bf16 | {"zero__stage": 3}),
+        "bf16 zero-3 offload": (ONE_A_PACK, bf16 | {"zero__stage": 3} | offload),
+        "bf16 zero-3 offload all": (ONE_A_PACK, bf16 | offload_all),
+    }
     return run_steps(folder, one_process, 1) | run_steps(folder, two_processes, 2)
 
 
@@ -122,11 +138,16 @@ OTHER_MODELS = [
     "tied 2 processes", "tied 2 processes zero-3", "qwen2 2 processes zero-3", "moe 2 processes",
     "moe 2 processes zero-3",
 ]  # fmt: skip
+OFFLOAD = ["2 processes offload", "2 processes zero-3 offload", "2 processes zero-3 offload all"]
+BF16_OFFLOAD = ["bf16 zero-2 offload", "bf16 zero-3 offload", "bf16 zero-3 offload all"]
 WEIGHTED = ["weighted packed", "weighted 2 processes", "weighted 2 processes zero-3"]
-LORA = ["lora 2 processes", "lora 2 processes recompute", "lora 2 processes zero-3"]
+LORA = [
+    "lora 2 processes", "lora 2 processes recompute", "lora 2 processes zero-3", "lora 2 processes offload",
+    "lora 2 processes zero-3 offload all",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", FULL + OFFLOAD)
 def test_the_gradient_does_not_depend_on_how_the_step_is_computed(steps: dict[str, dict], name: str) -> None:
     assert_same_step(steps[name], steps["reference"])
 
@@ -134,6 +155,12 @@ def test_the_gradient_does_not_depend_on_how_the_step_is_computed(steps: dict[st
 @pytest.mark.parametrize("name", OTHER_MODELS + LORA + WEIGHTED)
 def test_nor_with_other_models_nor_of_adapters_nor_of_weighted_tokens(steps: dict[str, dict], name: str) -> None:
     assert_same_step(steps[name], steps[f"{name.split()[0]} reference"])
+
+
+@pytest.mark.parametrize("name", BF16_OFFLOAD)
+def test_in_bf16_offload_changes_nothing(steps: dict[str, dict], name: str) -> None:
+    """DeepSpeed sums bf16 gradients on other paths than fp32 ones, and those of offload on yet others."""
+    assert_same_step(steps[name], steps[name.partition(" offload")[0]])
 
 
 def assert_same_step(step: dict, reference: dict) -> None:
