@@ -38,9 +38,10 @@ def resolve_paths(values: RawValues, folder: Path) -> None:
                 _resolve_source(values, source, (*path, "path"), base_of)
                 _resolve_system_files(values, source, path, base_of)
     cluster = _section(values.raw, "cluster")
-    if isinstance(cluster.get("hostfile"), str) and cluster["hostfile"]:
-        cluster["hostfile"] = _absolute(cluster["hostfile"], base_of(("cluster", "hostfile")))
-        _require_file(values, ("cluster", "hostfile"), cluster["hostfile"])
+    for key in ("hostfile", "template"):
+        if isinstance(cluster.get(key), str) and cluster[key]:
+            cluster[key] = _absolute(cluster[key], base_of(("cluster", key)))
+            _require_file(values, ("cluster", key), cluster[key])
     if isinstance(output_dir := values.raw.get("output_dir", "runs"), str) and output_dir:
         values.raw["output_dir"] = _absolute(output_dir, Path.cwd())
 

@@ -5,8 +5,10 @@ Layout (`<output_dir>/<name>/`):
     ds_config.json      the DeepSpeed config in force
     command.txt         the command that starts the trainer
     job.sbatch          the batch script, on Slurm
+    slurm_jobs.txt      ids of the Slurm jobs that were submitted, one a line
+    slurm-<job>.out     what a job printed; slurm-<job>.restarts: a line for each restart after a crash
     outcome.json        how the last attempt ended; written by the trainer, read by the launcher
-    metrics.jsonl       one object a step, evaluations as their own objects
+    metrics.jsonl       one object a step, evaluations and saves as their own objects
     loss.png            the loss curve
     ledger/             attempt_<n>_rank_<r>.bin: which samples each step consumed
     logs/attempt_<n>/   rank_<r>.log
@@ -51,6 +53,14 @@ class RunDir:
     @property
     def sbatch(self) -> Path:
         return self.path / "job.sbatch"
+
+    @property
+    def slurm_jobs(self) -> Path:
+        return self.path / "slurm_jobs.txt"
+
+    def slurm_log(self, job: str) -> Path:
+        """What the Slurm job with this id prints."""
+        return self.path / f"slurm-{job}.out"
 
     @property
     def outcome(self) -> Path:

@@ -1,8 +1,9 @@
-"""metrics.jsonl: one object a step, evaluations as their own objects.
+"""metrics.jsonl: one object a step, evaluations and saves as their own objects.
 
 A step's object: step, epoch, loss, lr, grad_norm, tokens, supervised_tokens, tokens_per_s,
 supervised_tokens_per_s, step_time_s, data_wait_s, mem_peak_gb, world_size.
 An evaluation's: step, epoch, eval_loss, eval_supervised_tokens, eval_time_s.
+A save's: step, epoch, save_time_s.
 """
 
 from __future__ import annotations

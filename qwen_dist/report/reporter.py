@@ -41,6 +41,11 @@ class Reporter:
         self._write(entry)
         self.say(f"step {entry['step']}  held-out loss {entry['eval_loss']:.4f}  ({entry['eval_time_s']:.1f} s)")
 
+    def saved(self, entry: dict[str, Any], name: str) -> None:
+        """One checkpoint; a batch job's next submission asks for as much time before its end as saving takes."""
+        self._write(entry)
+        self.say(f"step {entry['step']}  saved {name}  ({entry['save_time_s']:.1f} s)")
+
     def say(self, line: str) -> None:
         """A line above the progress bar."""
         self._progress.say(line)

@@ -157,7 +157,9 @@ def _evaluate(job: Job, state: State) -> None:
 
 
 def _save(job: Job, state: State) -> None:
+    started = time.perf_counter()
     job.ledger.sync()
     folder = save_checkpoint(job.engine, job.run_dir, state, job.run.checkpoint.keep)
     if job.reporter is not None:
-        job.reporter.say(f"step {state.step}  saved {folder.name}")
+        save_time_s = time.perf_counter() - started
+        job.reporter.saved({"step": state.step, "epoch": state.epoch, "save_time_s": save_time_s}, folder.name)
