@@ -1,0 +1,239 @@
+"""The fastest way to train a model that fits the machines at hand. Pure.
+
+What the run file leaves at "auto" is tried in every combination; of each, as few layers are recomputed as memory
+demands. What fits is ordered by the model of time, what does not says what it would need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from qwen_dist.batch_math import plan_batch
+from qwen_dist.config import Run
+from qwen_dist.hardware import Hardware, Measured
+from qwen_dist.layout import Layout
+from qwen_dist.memory import Memory, memory_of
+from qwen_dist.shapes import ModelShape
+from qwen_dist.step_time import StepTime, Work, step_time
+
+# A micro-batch of more tokens than this computes no faster: every product is large.
+MAX_MICRO_BATCH_TOKENS = 32_768
+# Layouts nearer to the fastest than this are alike for the model of time: the simplest of them is taken.
+ALIKE = 1.02
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be trained, where.
+
+    Attributes:
+        pack_tokens: tokens of an average pack.
+        sample_tokens: tokens of an average sample.
+        supervised_share: of all tokens, those that are trained.
+        measured: of a probe, or None.
+    """
+
+    run: Run
+    shape: ModelShape
+    hardware: Hardware
+    pack_tokens: float
+    sample_tokens: float
+    supervised_share: float
+    is_flash: bool = True
+    measured: Measured | None = None
+
+    @property
+    def packs_per_process(self) -> int:
+        """Packs of one process in a step: micro-batches times packs of each."""
+        return plan_batch(self.run.batch.packs_per_step, self.hardware.world_size).accumulation
+
+
+@dataclass(frozen=True)
+class Option:
+    """One layout, what it needs, and why it was not taken: "" for the one that was.
+
+    Attributes:
+        time: of a step; None on CPU.
+        needs: what it lacks, as "needs 97 GB of 85"; "" where it fits.
+        reason: `needs`, or how much slower it is.
+    """
+
+    layout: Layout
+    memory: Memory
+    time: StepTime | None
+    needs: str = ""
+    reason: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether every GPU and machine has the memory for it."""
+        return not self.needs
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layout of a run, and the others that were looked at, the fastest first, then those that do not fit."""
+
+    chosen: Option
+    alternatives: tuple[Option, ...]
+
+
+def choose(question: Question) -> Choice | None:
+    """The layout that fits and is fastest, or None where none fits."""
+    best = [option for option in options(question) if option.fits]
+    if not best:
+        return None
+    fastest = min(_seconds(option) for option in best)
+    alike = [option for option in best if _seconds(option) <= ALIKE * fastest]
+    chosen = min(alike, key=lambda option: _complexity(option.layout))
+    return Choice(chosen, tuple(_alternatives(question, chosen)))
+
+
+def options(question: Question) -> Iterator[Option]:
+    """Of every combination of stage, offload, hpZ and micro-batch, the layout that recomputes least."""
+    for layout in layouts(question):
+        yield least_recompute(question, layout)
+
+
+def layouts(question: Question) -> Iterator[Layout]:
+    """Every combination that the run leaves open, with no layer recomputed where that is open too."""
+    run, hardware = question.run, question.hardware
+    base = Layout(
+        method=run.method.kind,
+        precision=run.model.precision,
+        max_tokens=run.data.max_tokens,
+        nodes=hardware.nodes,
+        gpus_per_node=hardware.gpus_per_node,
+        rank=run.method.rank,
+        targets=run.method.targets,
+        recomputed_layers=0 if _is_open(run) else run.num_recomputed(question.shape.num_layers),
+    )
+    for stage, offload, hpz in combinations(run, hardware):
+        on_nvme = run.zero.nvme_path is not None and offload != "none"
+        for packs in _micro_batches(question):
+            yield replace(
+                base, stage=stage, offload=offload, hpz=hpz, on_nvme=on_nvme, packs_per_micro_batch=packs
+            )
+
+
+def combinations(run: Run, hardware: Hardware) -> Iterator[tuple[int, str, bool]]:
+    """(stage, offload, hpz) that the run leaves open and DeepSpeed can do."""
+    zero = run.zero
+    stages = (2, 3) if zero.stage == "auto" else (zero.stage,)
+    if run.method.kind == "qlora":
+        stages = (2,)
+    offloads = (zero.offload,) if zero.offload != "auto" else ("none", "optimizer", "all") if hardware.gpu else ("none",)
+    copies = (False, True) if zero.hpz == "auto" else (zero.hpz,)
+    for stage in stages:
+        for offload in offloads:
+            for hpz in copies:
+                is_possible = stage == 3 or (offload != "all" and not hpz)
+                if zero.nvme_path is not None and offload != "none":
+                    is_possible = is_possible and stage == 3
+                if hpz and zero.hpz == "auto":  # a copy beside weights that lie in host memory gains nothing
+                    is_possible = is_possible and hardware.nodes > 1 and offload != "all"
+                if is_possible:
+                    yield stage, offload, hpz
+
+
+def least_recompute(question: Question, layout: Layout) -> Option:
+    """`layout` with as few recomputed layers as its GPU's memory demands; all of them where nothing suffices."""
+    option = evaluated(question, layout)
+    if option.fits or not _is_open(question.run):
+        return option
+    low, high = 0, question.shape.num_layers  # `low` is known not to fit
+    option = evaluated(question, replace(layout, recomputed_layers=high))
+    while option.fits and high - low > 1:
+        middle = (low + high) // 2
+        tried = evaluated(question, replace(layout, recomputed_layers=middle))
+        low, high, option = (low, middle, tried) if tried.fits else (middle, high, option)
+    return option
+
+
+def evaluated(question: Question, layout: Layout) -> Option:
+    """What `layout` needs, and how long its step takes."""
+    memory = memory_of(question.shape, layout, 1.0, question.is_flash)  # a pack may be trained on as a whole
+    time = None
+    if question.hardware.gpu is not None:
+        accumulation = max(1, question.packs_per_process // layout.packs_per_micro_batch)
+        work = Work(accumulation, question.pack_tokens, question.sample_tokens, question.supervised_share)
+        time = step_time(question.shape, layout, question.hardware, work, question.measured)
+    return Option(layout, memory, time, lack(question, memory))
+
+
+def lack(question: Question, memory: Memory) -> str:
+    """What is missing for `memory`, as "needs 97 GB of 85"; "" where nothing is."""
+    hardware = question.hardware
+    base = question.measured.base_bytes if question.measured else 0
+    needed, there = memory.peak + base, hardware.process_memory_bytes
+    if needed > there:
+        return f"needs {gigabytes(needed, up=True)} GB of {gigabytes(there)}"
+    needed, there = memory.host, hardware.host_memory_bytes
+    if hardware.gpu is not None and needed > there:
+        return f"needs {gigabytes(needed, up=True)} GB of the machine's {gigabytes(there)}"
+    return ""
+
+
+def gigabytes(num_bytes: float, up: bool = False) -> str:
+    """Whole GB, with one digit below 10; what is needed is rounded up, so that it never looks like what is there."""
+    scale = 1 if num_bytes >= 10 * GB else 10
+    rounded = -(-num_bytes * scale // GB) if up else num_bytes * scale // GB
+    return f"{rounded / scale:,.0f}" if scale == 1 else f"{rounded / scale:.1f}"
+
+
+def _alternatives(question: Question, chosen: Option) -> Iterator[Option]:
+    """The best of every other combination, and the chosen one without recompute where that does not fit."""
+    best: dict[tuple[int, str, bool], Option] = {}
+    for option in options(question):
+        layout = option.layout
+        key = (layout.stage, layout.offload, layout.hpz)
+        if key not in best or _rank(option) < _rank(best[key]):
+            best[key] = option
+    taken = (chosen.layout.stage, chosen.layout.offload, chosen.layout.hpz)
+    others = [option for key, option in best.items() if key != taken]
+    if chosen.layout.recomputed_layers and _is_open(question.run):
+        others.append(evaluated(question, replace(chosen.layout, recomputed_layers=0)))
+    for option in sorted(others, key=_rank):
+        yield replace(option, reason=option.needs or _slower(option, chosen))
+
+
+def _slower(option: Option, chosen: Option) -> str:
+    if option.time is None or chosen.time is None:
+        return "not needed"
+    ratio = option.time.total_s / chosen.time.total_s
+    return f"takes {ratio:.2f} × the time" if ratio > ALIKE else "no faster"
+
+
+def _rank(option: Option) -> tuple[bool, float, tuple[int, ...]]:
+    """What fits by time; what does not by what it would need."""
+    return not option.fits, _seconds(option) if option.fits else option.memory.peak, _complexity(option.layout)
+
+
+def _seconds(option: Option) -> float:
+    """Seconds of a step; on CPU nothing is told of time, and the simplest layout is taken."""
+    return option.time.total_s if option.time else 0.0
+
+
+def _complexity(layout: Layout) -> tuple[int, ...]:
+    offload = ("none", "optimizer", "all").index(layout.offload)
+    return offload, layout.recomputed_layers, layout.stage, layout.hpz, layout.packs_per_micro_batch
+
+
+def _is_open(run: Run) -> bool:
+    return run.model.activation_checkpointing == "auto"
+
+
+def _micro_batches(question: Question) -> list[int]:
+    """Packs at a time that share a process's packs equally, or what the run says; on CPU one."""
+    fixed = question.run.batch.packs_per_micro_batch
+    if fixed != "auto":
+        return [fixed]
+    if question.hardware.gpu is None:
+        return [1]
+    total, max_tokens = question.packs_per_process, question.run.data.max_tokens
+    return [packs for packs in range(1, total + 1) if total % packs == 0 and _is_useful(packs, max_tokens)]
+
+
+def _is_useful(packs: int, max_tokens: int) -> bool:
+    return packs == 1 or packs * max_tokens <= MAX_MICRO_BATCH_TOKENS
