@@ -2,7 +2,7 @@
 
 DeepSpeed's runner (0.19.8) may exit 0 when ranks died, and orphans its ranks on TERM and USR1. So the exit code is
 what the trainer itself recorded in outcome.json, signals go to the rank processes only, and this process adopts
-and ends every orphan.
+and ends every orphan. Should this process be killed, its ranks end by themselves (qwen_dist/train/orphan.py).
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import psutil
 
 from launch.hosts import TRAINER_MODULE
-from qwen_dist.errors import EXIT_RUN_FAILED
+from qwen_dist.errors import EXIT_RESUMABLE, EXIT_RUN_FAILED
+from qwen_dist.processes import LAUNCHER_VARIABLE, name_of_this_process
 from qwen_dist.run_dir import RunDir
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2): orphaned descendants become our children
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# What ranks are told: TERM is what DeepSpeed's launcher sends to them when one of them has failed.
+PASSED_ON_AS = {signal.SIGTERM: signal.SIGUSR1, signal.SIGHUP: signal.SIGUSR1}
 POLL_S = 0.2
 ORPHAN_GRACE_S = 120.0  # ranks that outlive the runner may save for this long
 
@@ -41,19 +44,30 @@ class Outcome:
     message: str
 
 
-def read_outcome(run_dir: RunDir) -> Outcome | None:
-    """What the trainer recorded at its end, or None where nothing readable is."""
-    try:
-        found = json.loads(run_dir.outcome.read_text(encoding="utf-8"))
-        return Outcome(int(found["exit_code"]), int(found["step"]), str(found["message"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+@dataclass
+class Stop:
+    """What was asked of a run: the first stop signal, and whether it was ended by force."""
+
+    asked: signal.Signals | None = None
+    num_interrupts: int = 0
+    before_ranks: bool = False
+
+    @property
+    def is_forced(self) -> bool:
+        """A second Ctrl-C does not wait."""
+        return self.num_interrupts > 1
+
+    def note(self, number: int) -> None:
+        """A signal has come."""
+        self.num_interrupts += number == signal.SIGINT
+        if self.asked is None:
+            self.asked = PASSED_ON_AS.get(signal.Signals(number), signal.Signals(number))
 
 
 def supervise(
     argv: Sequence[str], environ: Mapping[str, str], run_dir: RunDir, orphan_grace_s: float = ORPHAN_GRACE_S
 ) -> Outcome:
-    """Run the trainer to its end.
+    """Run the trainer on this machine to its end.
 
     The first TERM, USR1, HUP or Ctrl-C is passed on to the ranks, which save and exit 75; a second Ctrl-C kills.
 
@@ -64,28 +78,118 @@ def supervise(
         orphan_grace_s: seconds for ranks whose runner is gone.
     """
     run_dir.outcome.unlink(missing_ok=True)
-    _adopt_orphans()
-    bystanders = {child.pid for child in psutil.Process().children(recursive=True)}
-    # A session of its own: the terminal's Ctrl-C reaches us alone, not the runner, which would kill the ranks.
-    runner = subprocess.Popen(list(argv), env=dict(environ), start_new_session=True, stdin=subprocess.DEVNULL)
-    with _signals_passed_on(bystanders) as interrupts:
+    with stop_signals() as stop:
+        Ranks(argv, environ).run(stop, orphan_grace_s)
+    return outcome_of(run_dir, stop)
+
+
+def read_outcome(run_dir: RunDir) -> Outcome | None:
+    """What the trainer recorded at its end, or None where nothing readable is."""
+    try:
+        found = json.loads(run_dir.outcome.read_text(encoding="utf-8"))
+        return Outcome(int(found["exit_code"]), int(found["step"]), str(found["message"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def outcome_of(run_dir: RunDir, stop: Stop, silence: str = "the trainer ended without a word") -> Outcome:
+    """How the attempt ended, by what rank 0 recorded, or by what is known without it."""
+    if found := read_outcome(run_dir):
+        return found
+    if stop.before_ranks and not stop.is_forced:
+        return Outcome(EXIT_RESUMABLE, 0, "stopped before a step was made")
+    told = "killed by the second Ctrl-C" if stop.is_forced else silence
+    return Outcome(EXIT_RUN_FAILED, 0, f"{told}; its last lines are in {run_dir.logs}")
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Note stop signals, instead of ending by them, until the block ends."""
+    stop = Stop()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.note(number)
+
+    before: dict[int, Any] = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Ranks:
+    """The trainer's processes on this machine, below us.
+
+    Attributes:
+        argv: starts the trainer, or DeepSpeed's runner of it.
+        environ: the whole environment of that process.
+        told: pids of the ranks that were told to stop.
+    """
+
+    argv: Sequence[str]
+    environ: Mapping[str, str]
+    told: set[int] = field(default_factory=set)
+    bystanders: set[int] = field(default_factory=set)
+
+    def run(self, stop: Stop, orphan_grace_s: float = ORPHAN_GRACE_S) -> int:
+        """Start them, wait for their end, and end what they leave behind.
+
+        Args:
+            stop: when it is asked, the ranks are.
+            orphan_grace_s: seconds for ranks whose runner is gone.
+
+        Returns:
+            The exit code of the runner, negative after a signal.
+        """
+        _adopt_orphans()
+        self.bystanders = {child.pid for child in psutil.Process().children(recursive=True)}
+        environ = {**self.environ, LAUNCHER_VARIABLE: name_of_this_process()}
+        # A session of its own: the terminal's Ctrl-C reaches us alone, not the runner, which would kill the ranks.
+        runner = subprocess.Popen(list(self.argv), env=environ, start_new_session=True, stdin=subprocess.DEVNULL)
         while runner.poll() is None:
+            self._tell(stop)
             _reap(runner.pid)
             time.sleep(POLL_S)
-        _end_orphans(bystanders, orphan_grace_s, runner.pid)
-    silence = "killed by the second Ctrl-C" if len(interrupts) > 1 else "the trainer ended without a word"
-    return read_outcome(run_dir) or Outcome(EXIT_RUN_FAILED, 0, f"{silence}; its last lines are in {run_dir.logs}")
+        self._end_orphans(stop, orphan_grace_s, runner.pid)
+        return runner.returncode
 
+    def kill(self) -> None:
+        """Kill everything below us, at once."""
+        _send(self._descendants(), signal.SIGKILL)
 
-def rank_processes(bystanders: set[int]) -> list[psutil.Process]:
-    """The trainer's ranks among our descendants; not the runner above them, not the workers below them."""
-    children = {child.pid: child for child in _descendants(bystanders)}
-    ranks = {pid for pid, child in children.items() if _is_trainer(child)}
-    return [children[pid] for pid in ranks if _parent_of(children[pid]) not in ranks]
+    def _tell(self, stop: Stop) -> None:
+        """Pass a stop on to the ranks that were not told; where none can listen yet, nothing is lost by killing."""
+        if stop.is_forced or stop.before_ranks:
+            self.kill()
+        elif stop.asked is not None:
+            listening = [rank for rank in self._ranks() if _catches(rank.pid, signal.SIGUSR1)]
+            new = [rank for rank in listening if rank.pid not in self.told]
+            _send(new, stop.asked)
+            self.told |= {rank.pid for rank in new}
+            stop.before_ranks = not self.told
 
+    def _end_orphans(self, stop: Stop, grace_s: float, runner_pid: int) -> None:
+        """Ask ranks that outlived the runner to save and stop, then kill what is left."""
+        orphans = Stop(asked=stop.asked or signal.SIGUSR1)
+        deadline = time.monotonic() + grace_s
+        while self._ranks() and time.monotonic() < deadline and not stop.is_forced:
+            self._tell(orphans)
+            _reap(runner_pid)
+            time.sleep(POLL_S)
+        while left := self._descendants():
+            _send(left, signal.SIGKILL)
+            psutil.wait_procs(left, timeout=POLL_S)
 
-def _descendants(bystanders: set[int]) -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if child.pid not in bystanders]
+    def _ranks(self) -> list[psutil.Process]:
+        """The trainer's ranks among our descendants; not the runner above them, not the workers below them."""
+        children = {child.pid: child for child in self._descendants()}
+        ranks = {pid for pid, child in children.items() if _is_trainer(child)}
+        return [children[pid] for pid in ranks if _parent_of(children[pid]) not in ranks]
+
+    def _descendants(self) -> list[psutil.Process]:
+        return [child for child in psutil.Process().children(recursive=True) if child.pid not in self.bystanders]
 
 
 def _is_trainer(process: psutil.Process) -> bool:
@@ -97,6 +201,16 @@ def _is_trainer(process: psutil.Process) -> bool:
     return ("-m", TRAINER_MODULE) in itertools.pairwise(words)
 
 
+def _catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler for the signal, by proc(5)'s status."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+            caught = next(line for line in status if line.startswith("SigCgt:"))
+    except (OSError, StopIteration):
+        return False
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 def _parent_of(process: psutil.Process) -> int:
     try:
         return int(process.ppid())
@@ -106,39 +220,6 @@ def _parent_of(process: psutil.Process) -> int:
 
 def _adopt_orphans() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-@contextmanager
-def _signals_passed_on(bystanders: set[int]) -> Iterator[list[int]]:
-    """Pass stop signals on to the ranks; yields the list that the Ctrl-Cs are noted in."""
-    interrupts: list[int] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            interrupts.append(number)
-        if len(interrupts) > 1:
-            _kill(_descendants(bystanders))
-        else:
-            _send(rank_processes(bystanders), signal.SIGTERM if number == signal.SIGHUP else number)
-
-    before: dict[int, Any] = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
-    try:
-        yield interrupts
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end_orphans(bystanders: set[int], grace_s: float, runner_pid: int) -> None:
-    """Ask ranks that outlived the runner to save and stop, then kill what is left."""
-    _send(rank_processes(bystanders), signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
-    while rank_processes(bystanders) and time.monotonic() < deadline:
-        _reap(runner_pid)
-        time.sleep(POLL_S)
-    while left := _descendants(bystanders):
-        _kill(left)
-        psutil.wait_procs(left, timeout=POLL_S)
 
 
 def _reap(runner_pid: int) -> None:
@@ -161,7 +242,3 @@ def _send(processes: list[psutil.Process], number: int) -> None:
             process.send_signal(number)
         except psutil.Error:
             continue
-
-
-def _kill(processes: list[psutil.Process]) -> None:
-    _send(processes, signal.SIGKILL)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from qwen_dist import heartbeat
 from qwen_dist.errors import EnvironmentNotReady, UserError
+from qwen_dist.processes import process_start
 
 LEASE_NAME = ".lease"
 # The token of a launcher's lease, in the environment of the trainer that it starts.
@@ -38,7 +39,7 @@ class Holder:
         token: a random name of this one taking.
         host, pid: of the process.
         machine: a boot of a machine, and in it a space of process ids: where pids can be compared; empty: unknown.
-        process_start: of the process, in clock ticks since boot: pids are used again.
+        process_start: of the process, in clock ticks since boot.
         started_at: local time, with its offset.
         job, restart: Slurm's job id and restart count, in a job.
     """
@@ -64,7 +65,7 @@ def this_process(environ: Mapping[str, str] = os.environ) -> Holder:
         host=socket.gethostname(),
         pid=os.getpid(),
         machine=_machine(),
-        process_start=_process_start(os.getpid()),
+        process_start=process_start(os.getpid()),
         started_at=datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         job=environ.get("SLURM_JOB_ID"),
         restart=environ.get("SLURM_RESTART_COUNT", "0"),
@@ -133,7 +134,7 @@ def is_gone(holder: Holder, seen_from: Holder) -> bool | None:
     if holder.job is not None and holder.job == seen_from.job and holder.restart != seen_from.restart:
         return True  # Slurm ends a job before it starts it again
     if holder.machine and holder.machine == seen_from.machine:
-        start = _process_start(holder.pid)
+        start = process_start(holder.pid)
         return start is None or start != holder.process_start
     return None
 
@@ -206,12 +207,3 @@ def _machine() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
-
-
-def _process_start(pid: int) -> int | None:
-    """When the process was started (field 22 of proc(5)'s stat), or None where it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in ("Z", "X") else int(fields[19])

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 from qwen_dist.errors import EXIT_USAGE
+from qwen_dist.train.orphan import end_with_launcher
+from qwen_dist.train.signals import StopRequest
 
 
 def choose_accelerator(run_dir: Path) -> None:
@@ -22,8 +24,11 @@ def choose_accelerator(run_dir: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m qwen_dist.train RUN_DIR")
+    # Before the imports, which take seconds: a stop in them is kept, a launcher that is killed in them is seen.
+    end_with_launcher(os.environ)
+    stop = StopRequest().listen()
     choose_accelerator(Path(sys.argv[1]))
     from qwen_dist.train.main import main
     from qwen_dist.train.world import exit_at_once
 
-    exit_at_once(main(sys.argv[1]))
+    exit_at_once(main(sys.argv[1], stop))

@@ -27,6 +27,7 @@ from qwen_dist.train.checkpoint import State, load_checkpoint, newest_checkpoint
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.loop import Job, train
+from qwen_dist.train.orphan import kill_children
 from qwen_dist.train.ranks import rank_environment
 from qwen_dist.train.signals import StopRequest
 from qwen_dist.train.world import exit_at_once, start_world
@@ -40,17 +41,17 @@ WORDS_ARRIVE_S = 1.0
 CLOCK_SKEW_S = 1.0
 
 
-def main(path: str) -> int:
-    """Run one attempt on the run directory `path`, while nobody else is at work there; returns the exit code.
+def main(path: str, stop: StopRequest) -> int:
+    """Run one attempt on the run directory `path` until `stop`, while nobody else is at work there.
 
-    Rank 0 takes the directory's lease before it joins the others, who cannot train without it.
+    Returns the exit code. Rank 0 takes the directory's lease before it joins the others, who cannot train without it.
     """
     rank = int(rank_environment(dict(os.environ))["RANK"])
     start_logging(rank)
     run_dir = RunDir(Path(path))
     try:
         with held(run_dir.path, get_logger().info, end_for) if rank == 0 else nullcontext():
-            return attempt(run_dir, rank)
+            return attempt(run_dir, rank, stop)
     except UserError as error:  # the directory is another's: nothing is written there
         get_logger().error("error: %s", error)
         time.sleep(WORDS_ARRIVE_S)
@@ -63,11 +64,22 @@ def end_for(holder: Holder) -> NoReturn:
     exit_at_once(EXIT_RUN_FAILED)
 
 
-def attempt(run_dir: RunDir, rank: int) -> int:
+def attempt(run_dir: RunDir, rank: int, stop: StopRequest) -> int:
     """Run one attempt and tell how it ended; returns the exit code, which outcome.json has as well."""
     progress = {"attempt": 0, "step": 0}
+
+    def record(code: int, message: str) -> None:
+        if rank == 0:
+            write_json(run_dir.outcome, {**progress, "exit_code": code, "message": message})
+
+    def end_before_first_step() -> NoReturn:
+        record(EXIT_RESUMABLE, "stopped before a step was made")
+        kill_children()
+        exit_at_once(EXIT_RESUMABLE)
+
+    stop.at_once(end_before_first_step)
     try:
-        state, num_steps = run_attempt(run_dir, progress)
+        state, num_steps = run_attempt(run_dir, stop, progress)
         finished = state.step == num_steps
         code = EXIT_DONE if finished else EXIT_RESUMABLE
         message = f"finished all {num_steps} steps" if finished else f"stopped and saved at step {state.step}"
@@ -79,8 +91,8 @@ def attempt(run_dir: RunDir, rank: int) -> int:
         code, message = EXIT_RUN_FAILED, f"{type(error).__name__}: {error}"
         get_logger().debug("%s", traceback.format_exc())
         get_logger().error("error: %s (the traceback is in %s)", message.splitlines()[0], run_dir.logs)
-    if rank == 0:
-        write_json(run_dir.outcome, {**progress, "exit_code": code, "message": message})
+    stop.at_once(None)
+    record(code, message)
     if code not in (EXIT_DONE, EXIT_RESUMABLE):
         time.sleep(WORDS_ARRIVE_S if rank == 0 else 2 * WORDS_ARRIVE_S)
     return code
@@ -101,17 +113,17 @@ def told_by_rank_0(run_dir: RunDir) -> bool:
     return False
 
 
-def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:
+def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int]) -> tuple[State, int]:
     """Train from the newest checkpoint, or from the start.
 
     Args:
         run_dir: holds run.json and ds_config.json.
+        stop: asked, training ends after the step at hand.
         progress: "attempt" and "step" are kept up to date here, for the outcome of a failed attempt too.
 
     Returns:
         The last state, and the number of steps of the whole run.
     """
-    stop = StopRequest().listen()
     record = json.loads(run_dir.run_json.read_text(encoding="utf-8"))
     run = Run.model_validate(record["config"])
     ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
@@ -145,6 +157,7 @@ def run_attempt(run_dir: RunDir, progress: dict[str, int]) -> tuple[State, int]:
         reporter=reporter,
         ledger=Ledger(run_dir, progress["attempt"], world.rank, world.world_size),
     )
+    stop.at_once(None)
     try:
         for state in train(job, start):
             progress["step"] = state.step
