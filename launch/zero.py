@@ -182,7 +182,11 @@ def _stage_3(facts: _Facts) -> list[Setting]:
             sizes.reuse_distance,
             f"Two layers of {layer}: what is recomputed is gathered once for that and for its backward.",
         ),
-        Setting("stage3_max_live_parameters", sizes.max_live, "Only holds back the prefetch, which is bounded above."),
+        Setting(
+            "stage3_max_live_parameters",
+            sizes.max_live,
+            f"Two layers of {layer}: without it the prefetch runs ahead until each GPU holds the whole model.",
+        ),
         Setting("stage3_gather_16bit_weights_on_model_save", False, "The trainer saves shards; export joins them."),
     ]
     if facts.run.zero.hpz is True:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 MAX_BUCKET = 200_000_000
 # Elements that the optimizer updates at a time under ZeRO-3: their fp32 gradients are copied for it, 0.4 GB.
 SUB_GROUP = 100_000_000
-# Without a bound: DeepSpeed reads stage3_max_live_parameters only to hold back the prefetch.
-UNBOUNDED = 1_000_000_000_000
 # Pinned host buffers between the disk and the GPU. Parameters: the one in use, and those read ahead of it. Optimizer:
 # master weight, gradient and two moments of a sub-group.
 NVME_PARAMETER_BUFFERS, NVME_OPTIMIZER_BUFFERS = 5, 4
@@ -31,7 +29,10 @@ class Buckets:
         prefetch: ZeRO-3 gathers matrices ahead of their use until they are at least as many.
         persistence_threshold: ZeRO-3 keeps smaller parameters whole on every GPU.
         reuse_distance: ZeRO-3 keeps a gathered weight that is used again within so many elements.
-        max_live: gathered elements above which ZeRO-3 stops to prefetch.
+        max_live: gathered elements above which ZeRO-3 stops to prefetch; at most these and the largest parameter are
+            whole at one time. Every module's start gathers `prefetch` elements further ahead, whether those before
+            have been used or not: without this bound a GPU soon holds the whole model (two processes, 16 layers: all
+            20.7 layers' worth of weights; bounded to n layers: n + the head's 2.3).
         sub_group: elements of a rank's shard that ZeRO-3 updates at a time; a sub-group ends with the parameter that
             reaches it. Their fp32 gradients are copied for it.
         nvme_parameter_buffer: the largest shard of one parameter, padded; there are NVME_PARAMETER_BUFFERS of them.
@@ -65,7 +66,7 @@ def bucket_sizes(hidden_size: int, layer_elements: int, largest_elements: int, w
         persistence_threshold=10 * hidden_size,
         # A layer that is recomputed runs forward and at once backward: its weights are gathered once for both.
         reuse_distance=2 * layer_elements,
-        max_live=UNBOUNDED,
+        max_live=2 * layer_elements,  # the layer in use and the next
         sub_group=SUB_GROUP,
         nvme_parameter_buffer=-(-shard // NVME_ALIGNMENT) * NVME_ALIGNMENT,
     )
