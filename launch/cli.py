@@ -19,6 +19,7 @@ VERBS = {
     "inspect": "Show what will be trained, as tokens.",
     "prepare": "Tokenize ahead of a run.",
     "plan": "Batch arithmetic, steps and data counts.",
+    "doctor": "Is everything there that a run needs?",
     "train": "Train, or go on with a run.",
     "export": "Make a Hugging Face folder of a run.",
     "chat": "Talk to an exported model.",
