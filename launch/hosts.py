@@ -1,10 +1,11 @@
-"""Which processes run where, and the command that starts them. Pure, but for counting GPUs and finding a port."""
+"""Which processes run where, and the commands that start them. Pure, but for reading hostfiles and finding a port."""
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import socket
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,22 +14,9 @@ from qwen_dist.config import Run
 from qwen_dist.errors import EnvironmentNotReady, UserError
 
 TRAINER_MODULE = "qwen_dist.train"
+INTERFACE_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 # What tells a process its place in a group; left over from another job, it would mislead a trainer of our own.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Ids of the GPUs that this process may use, as nvidia-smi and CUDA_VISIBLE_DEVICES tell; torch is not asked."""
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    present = [str(index) for index in range(sum(line.startswith("GPU ") for line in listing.splitlines()))]
-    allowed = environ.get("CUDA_VISIBLE_DEVICES")
-    if allowed is None or not present:
-        return present
-    named = [device.strip() for device in allowed.split(",") if device.strip()]
-    return named[: named.index("-1")] if "-1" in named else named
 
 
 def processes_per_node(run: Run, num_gpus: int) -> int:
@@ -108,6 +96,23 @@ def trainer_argv(
     return [*runner, "--master_port", str(master_port), "--module", TRAINER_MODULE, str(run_dir)]
 
 
+def node_argv(run_dir: Path, python: str, nodes: int, per_node: int, node: int, master: tuple[str, int]) -> list[str]:
+    """The command that starts the trainer's ranks on one of several machines: DeepSpeed's launcher of a node.
+
+    Args:
+        run_dir: the run directory, the trainer's only argument.
+        python: the interpreter.
+        nodes, per_node: machines, and processes on each.
+        node: number of this machine, from 0.
+        master: address and port at which rank 0 is found.
+    """
+    world = json.dumps({f"node{number}": list(range(per_node)) for number in range(nodes)})
+    place = ["--node_rank", str(node), "--master_addr", master[0], "--master_port", str(master[1])]
+    launcher = [python, "-u", "-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank", *place]
+    world_info = base64.urlsafe_b64encode(world.encode()).decode()
+    return [*launcher, "--world_info", world_info, "--module", TRAINER_MODULE, str(run_dir)]
+
+
 def trainer_environment(run: Run, num_processes: int, num_cpus: int | None = None) -> dict[str, str]:
     """Variables that the trainer's processes need besides the inherited ones.
 
@@ -116,10 +121,13 @@ def trainer_environment(run: Run, num_processes: int, num_cpus: int | None = Non
         num_processes: processes on this machine.
         num_cpus: cores of this machine; default: asked.
     """
-    if run.cluster.device != "cpu":
-        return {}
-    num_cpus = num_cpus or len(os.sched_getaffinity(0))
-    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, num_cpus // num_processes))}
+    ours: dict[str, str] = {}
+    if run.cluster.device == "cpu":
+        num_cpus = num_cpus or len(os.sched_getaffinity(0))
+        ours = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, num_cpus // num_processes))}
+    if run.cluster.interface is not None:
+        ours |= dict.fromkeys(INTERFACE_VARIABLES, run.cluster.interface)
+    return {**ours, **run.cluster.env}
 
 
 def inherited_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -128,7 +136,7 @@ def inherited_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
+    """A TCP port of this machine that nobody listens on now, on any of its addresses."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return int(probe.getsockname()[1])

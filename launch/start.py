@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from launch.attempt import check_data, decide, look
 from launch.data_counts import exact_counts, quick_counts
+from launch.gpus import visible_gpus
 from launch.hosts import (
     free_port,
     processes_per_node,
     trainer_argv,
     trainer_environment,
-    visible_gpus,
     world_size_of,
 )
 from launch.planner import DataCounts, Plan, make_plan
@@ -23,6 +23,7 @@ from launch.prepare_data import prepare_shown
 from launch.record import make_record
 from launch.run_file import Loaded
 from launch.sbatch import sbatch_text
+from launch.stop_lead import stop_lead_s
 from launch.supervise import read_outcome
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
@@ -88,7 +89,7 @@ def make_start(loaded: Loaded) -> Start:
         UserError: the run cannot be started; says why.
     """
     run = loaded.run
-    gpus = [] if run.cluster.device == "cpu" or run.cluster.kind == "slurm" else visible_gpus()
+    gpus = visible_gpus() if run.cluster.kind == "local" and run.cluster.device != "cpu" else []
     per_node = processes_per_node(run, len(gpus))
     world_size = world_size_of(run, per_node)
     run_dir = RunDir(Path(run.output_dir) / run.name)
@@ -97,7 +98,7 @@ def make_start(loaded: Loaded) -> Start:
     files: dict[str, Any] = {run_dir.ds_config.name: deepspeed_config(run, world_size)}  # refuses a wrong batch
     if run.cluster.kind == "slurm":
         argv, variables = ["sbatch", str(run_dir.sbatch)], {}
-        files[run_dir.sbatch.name] = sbatch_text(run, run_dir.path, sys.executable)
+        files[run_dir.sbatch.name] = sbatch_text(run, run_dir.path, sys.executable, stop_lead_s(run_dir))
     else:
         argv = trainer_argv(run_dir.path, sys.executable, per_node, free_port(), gpus[:per_node])
         variables = trainer_environment(run, per_node)

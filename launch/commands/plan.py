@@ -22,7 +22,8 @@ Example:
 def command(run_file: Path, overrides: tuple[str, ...], as_json: bool) -> int:
     """Processes, batch, data and steps of a run. Figures marked ≈ are estimated from a part of the rows."""
     from launch.data_counts import quick_counts
-    from launch.hosts import processes_per_node, visible_gpus, world_size_of
+    from launch.gpus import visible_gpus
+    from launch.hosts import processes_per_node, world_size_of
     from launch.planner import make_plan
     from launch.run_file import load_run
     from launch.show import plan_text

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.gpus import visible_gpus
 from launch.hosts import (
     inherited_environment,
     processes_per_node,
     trainer_argv,
     trainer_environment,
-    visible_gpus,
     world_size_of,
 )
 from qwen_dist.config import Cluster, Data, Model, Run, Source
