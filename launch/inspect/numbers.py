@@ -49,7 +49,8 @@ def world_size_of_run(run: Run) -> int:
     """Ranks of the run where it says so, else 8; fewer where a step's packs do not divide over them."""
     per_node = run.cluster.gpus_per_node
     wanted = run.cluster.nodes * per_node if isinstance(per_node, int) else DEFAULT_WORLD_SIZE
-    return max(size for size in range(1, wanted + 1) if run.batch.packs_per_step % size == 0)
+    packs_per_step, at_once = run.batch.packs_per_step, run.packs_per_micro_batch
+    return max((size for size in range(1, wanted + 1) if packs_per_step % (size * at_once) == 0), default=1)
 
 
 def rows_held_out(train: SplitData, held_out: SplitData) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""A pack as the model takes it: one row of samples, each seeing only itself.
+"""A micro-batch as the model takes it: one row of samples, of one pack or several, each sample seeing only itself.
 
-Shapes: 1 one row, T tokens of the pack, S samples of the pack.
+Shapes: 1 one row, T tokens of the row, S samples of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One pack.
+    """What a rank computes at a time.
 
     Args:
         input_ids_1T: int64.
@@ -37,7 +37,7 @@ class MicroBatch:
         labels_1T: int64, the id where the token is supervised, else -100; not shifted.
         cu_seq_lens: int32 [S+1], where each sample begins, and T.
         max_length: tokens of the longest sample, a Python int: reading it from a tensor would wait for the device.
-        num_tokens: tokens of samples; 0 for an empty pack, whose one token is padding.
+        num_tokens: tokens of samples; 0 where there are none, and the one token is padding.
         num_supervised: supervised tokens.
         weights_1T: float32, each token's weight in the loss; None where every supervised token counts once.
     """
@@ -66,11 +66,11 @@ class MicroBatch:
 
 
 def build_micro_batch(prepared: Samples, sample_indices: np.ndarray, pad_id: int) -> MicroBatch:
-    """Lay samples end to end; an empty pack becomes one pad token without label, so that every rank computes.
+    """Lay samples end to end; no sample becomes one pad token without label, so that every rank computes.
 
     Args:
-        sample_indices: samples of the pack, in order.
-        pad_id: the token of an empty pack.
+        sample_indices: the samples, in order.
+        pad_id: the token of a micro-batch without samples.
     """
     samples = [prepared.sample(int(index)) for index in sample_indices]
     num_tokens = sum(len(ids_T) for ids_T, _ in samples)

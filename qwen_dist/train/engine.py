@@ -14,7 +14,7 @@ from qwen_dist.shapes import check_config
 from qwen_dist.train.attention import choose_attention, forward_arguments
 from qwen_dist.train.lora import add_adapters
 from qwen_dist.train.loss import summed_cross_entropy, supervised_positions
-from qwen_dist.train.model import build_model, load_model_config
+from qwen_dist.train.model import build_model, load_model_config, num_layers_of, recompute_layers
 from qwen_dist.train.optim import make_optimizer
 from qwen_dist.train.world import World
 
@@ -111,18 +111,8 @@ def make_engine(run: Run, ds_config: dict[str, Any], world: World, num_token_ids
     model: torch.nn.Module = build_model(run, ds_config, backend, world.device)
     if run.method.has_adapters:
         model = add_adapters(model, run.method, run.seed)
-    if run.num_recomputed(1):
-        recompute_layers(model)
+    recompute_layers(model, run.num_recomputed(num_layers_of(model)))
     optimizer = make_optimizer(model, run.optim)
     ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     ds_engine.train()
     return Engine(ds_engine, backend, world)
-
-
-def recompute_layers(model: torch.nn.Module) -> None:
-    """Recompute each decoder layer in backward instead of keeping its activations.
-
-    transformers 5.23 renamed the switch; ranges down to 5.17 know the old name only.
-    """
-    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    switch({"use_reentrant": False})

@@ -14,8 +14,8 @@ def held_out_loss(engine: Engine, held_out: Prepared, plan: StepPlan, pad_id: in
     engine.ds_engine.eval()
     try:
         for step in range(1, plan.num_steps + 1):
-            for pack in plan.packs_of(step, world.rank, world.world_size):
-                nll_sum += float(engine.nll_sum(build_micro_batch(held_out, pack, pad_id)))
+            for samples in plan.packs_of(step, world.rank, world.world_size):
+                nll_sum += float(engine.nll_sum(build_micro_batch(held_out, samples, pad_id)))
             weight += plan.weight(step)
     finally:
         engine.ds_engine.train()

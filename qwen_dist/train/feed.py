@@ -38,7 +38,7 @@ class Feed:
         plan: which samples make up which step.
         world: this rank reads only its own share.
         first_step: the step to begin with, from 1.
-        pad_id: the token that stands in a pack without samples.
+        pad_id: the token that stands in a micro-batch without samples.
     """
 
     def __init__(self, prepared: Prepared, plan: StepPlan, world: World, first_step: int, pad_id: int) -> None:
@@ -65,11 +65,11 @@ class Feed:
     def _work(self, first_step: int) -> None:
         try:
             for step in range(first_step, self._plan.num_steps + 1):
-                packs = self._plan.packs_of(step, self._world.rank, self._world.world_size)
-                batches = [build_micro_batch(self._prepared, pack, self._pad_id) for pack in packs]
+                samples = self._plan.packs_of(step, self._world.rank, self._world.world_size)
+                batches = [build_micro_batch(self._prepared, of_batch, self._pad_id) for of_batch in samples]
                 if self._world.device.type == "cuda":
                     batches = [batch.pin_memory() for batch in batches]
-                if not self._put(StepInput(batches, np.concatenate(packs))):
+                if not self._put(StepInput(batches, np.concatenate(samples))):
                     return
         except BaseException as error:
             self._put(error)

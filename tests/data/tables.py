@@ -33,7 +33,9 @@ def table_of_lengths(
     )
 
 
-def run_of(sources: Sequence[dict[str, Any]] = ({},), packs_per_step: int = 8, **sections: Any) -> Run:
+def run_of(
+    sources: Sequence[dict[str, Any]] = ({},), packs_per_step: int = 8, at_once: int = 1, **sections: Any
+) -> Run:
     """A run of sources without files; `sections` are keys of the run file, with data's own keys under data."""
     train = [{"path": f"source_{number}.jsonl", **source} for number, source in enumerate(sources)]
     data = {"train": train, **sections.pop("data", {})}
@@ -42,7 +44,7 @@ def run_of(sources: Sequence[dict[str, Any]] = ({},), packs_per_step: int = 8, *
             "name": "test",
             "model": {"path": "Qwen/Qwen3-14B"},
             "data": data,
-            "batch": {"packs_per_step": packs_per_step},
+            "batch": {"packs_per_step": packs_per_step, "packs_per_micro_batch": at_once},
             **sections,
         }
     )

@@ -3,7 +3,8 @@
     deepspeed --no_local_rank --num_gpus 2 tests/distributed/gradient_worker.py SPECS.json
 
 SPECS.json is a list of {"config", "packs", "has_weights", "out"}: a run's config, the step's packs as lists of sample
-numbers, whether tokens have weights, and the file to write. Samples are made from their number alone.
+numbers, whether tokens have weights, and the file to write. Samples are made from their number alone. A rank joins as
+many of its packs into one micro-batch as the config says.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def one_step(spec: dict, world: World) -> None:
     engine = make_engine(run, ds_config, world)
     packs = [np.array(pack, dtype=np.int64) for pack in spec["packs"]]
     samples = NumberedSamples(spec["has_weights"])
-    batches = [build_micro_batch(samples, pack, pad_id=0) for pack in packs[world.rank :: world.world_size]]
+    mine, at_once = packs[world.rank :: world.world_size], run.packs_per_micro_batch
+    joined = [np.concatenate(mine[first : first + at_once]) for first in range(0, len(mine), at_once)]
+    batches = [build_micro_batch(samples, of_batch, pad_id=0) for of_batch in joined]
     step_weight = sum(samples.weight(int(index)) for pack in packs for index in pack)
 
     nll_sum = 0.0

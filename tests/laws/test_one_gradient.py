@@ -1,4 +1,4 @@
-"""Law 5: world size, accumulation, packing, padding and ZeRO stage change the gradient only by rounding."""
+"""Law 5: world size, accumulation, packing, padding, ZeRO stage and offload change the gradient only by rounding."""
 
 from __future__ import annotations
 
@@ -88,6 +88,14 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         "lora 2 processes recompute": (TWO_A_PACK, {"method": lora, **recompute}),
         "lora 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"method": lora, "zero__stage": 3, **recompute}),
     }
+    two_at_once, one_layer = {"batch__packs_per_micro_batch": 2}, {"model__activation_checkpointing": 1}
+    two_processes |= {
+        "2 processes two packs at once": (ONE_A_PACK, two_at_once),
+        "2 processes uneven, two packs at once": (UNEVEN_WITH_EMPTY, two_at_once),
+        "2 processes zero-3 one layer recomputed": (TWO_A_PACK, {"zero__stage": 3, **one_layer, **two_at_once}),
+        "lora 2 processes zero-3 one layer recomputed": (TWO_A_PACK, {"method": lora, "zero__stage": 3, **one_layer}),
+        "weighted 2 processes two packs at once": (UNEVEN_WITH_EMPTY, two_at_once),
+    }
     # Four micro-batches a process.
     offload = {"zero__offload": "optimizer"}
     offload_all = {"zero__offload": "all", "zero__stage": 3}
@@ -132,7 +140,8 @@ def run_steps(folder: Path, ways: dict, num_processes: int) -> dict[str, dict]:
 FULL = [
     "packed", "one pack and an empty one", "zero-3", "recompute", "2 processes", "2 processes packed",
     "2 processes uneven", "2 processes, one empty", "2 processes zero-3", "2 processes zero-3 uneven",
-    "2 processes zero-3 recompute",
+    "2 processes zero-3 recompute", "2 processes two packs at once", "2 processes uneven, two packs at once",
+    "2 processes zero-3 one layer recomputed",
 ]  # fmt: skip
 OTHER_MODELS = [
     "tied 2 processes", "tied 2 processes zero-3", "qwen2 2 processes zero-3", "moe 2 processes",
@@ -140,10 +149,12 @@ OTHER_MODELS = [
 ]  # fmt: skip
 OFFLOAD = ["2 processes offload", "2 processes zero-3 offload", "2 processes zero-3 offload all"]
 BF16_OFFLOAD = ["bf16 zero-2 offload", "bf16 zero-3 offload", "bf16 zero-3 offload all"]
-WEIGHTED = ["weighted packed", "weighted 2 processes", "weighted 2 processes zero-3"]
+WEIGHTED = [
+    "weighted packed", "weighted 2 processes", "weighted 2 processes zero-3", "weighted 2 processes two packs at once",
+]  # fmt: skip
 LORA = [
     "lora 2 processes", "lora 2 processes recompute", "lora 2 processes zero-3", "lora 2 processes offload",
-    "lora 2 processes zero-3 offload all",
+    "lora 2 processes zero-3 offload all", "lora 2 processes zero-3 one layer recomputed",
 ]  # fmt: skip
 
 

@@ -54,6 +54,25 @@ def test_a_step_is_the_same_on_every_world_size(lengths: list[int], epochs: int,
         assert steps.weight(step) == steps.supervised_tokens(step)
 
 
+@settings(deadline=None)
+@given(lengths=LENGTHS, at_once=st.sampled_from([2, 3, 6]), world_size=st.sampled_from([1, 2]))
+def test_packs_that_are_computed_together_are_the_same_packs(lengths: list[int], at_once: int, world_size: int) -> None:
+    """A rank trains on the same samples in the same order, in fewer micro-batches, as many on each rank."""
+    options: dict[str, Any] = {"data": {"max_tokens": MAX_TOKENS}, "length": {"epochs": 2}}
+    runs = [run_of(packs_per_step=12, at_once=number, **options) for number in (1, at_once)]
+    alone, joined = (plan_table(run, table_of_lengths(lengths), cost=COST) for run in runs)
+    assert joined.num_steps == alone.num_steps
+    for step in range(1, alone.num_steps + 1):
+        for rank in range(world_size):
+            packs, batches = (steps.packs_of(step, rank, world_size) for steps in (alone, joined))
+            assert len(batches) == 12 // world_size // at_once
+            assert np.concatenate(batches).tolist() == np.concatenate(packs).tolist()
+            assert all(sum(lengths[sample] for sample in batch) <= at_once * MAX_TOKENS for batch in batches)
+        costs_WM = joined.costs_of(step, world_size)
+        assert costs_WM.shape == (world_size, 12 // world_size // at_once)
+        assert np.allclose(costs_WM.sum(axis=1), alone.costs_of(step, world_size).sum(axis=1))
+
+
 def numbers(low: int, high: int, count: int, key: int) -> np.ndarray:
     """Random numbers in low .. high - 1 that no version of numpy changes."""
     return (low + words(count, key) % np.uint64(high - low)).astype(np.int64)

@@ -2,7 +2,7 @@
 
 A step is the next `packs_per_step` packs of its epoch, fixed before any rank is known. Nothing here is as long as the
 data: a step's packs are computed when it comes, from the numbers of packs in each window, which are counted once.
-Shapes: S samples, N samples of a step, P packs of a step, W windows.
+Shapes: S samples, N samples of a step, P packs of a step, W ranks, M micro-batches of a rank.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class StepPlan:
         max_tokens: tokens that a pack holds.
         max_steps: upper bound of steps, or None.
         cost: what a step computes, by which packs are shared out.
+        packs_per_micro_batch: packs that a rank computes at a time.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class StepPlan:
         max_tokens: int,
         max_steps: int | None,
         cost: StepCost,
+        packs_per_micro_batch: int = 1,
     ) -> None:
         self.mixture, self.table = mixture, table
-        self.packs_per_step = packs_per_step
+        self.packs_per_step, self.packs_per_micro_batch = packs_per_step, packs_per_micro_batch
         self.packs_per_epoch = tuple(sum(counts) for counts in packs_in_windows)
         self.num_steps = total_steps(list(self.packs_per_epoch), packs_per_step, max_steps)
         self._max_tokens, self._cost = max_tokens, cost
@@ -94,15 +96,25 @@ class StepPlan:
         return step == self.steps_of(self.epoch_of(step))[-1]
 
     def packs_of(self, step: int, rank: int, world_size: int) -> list[np.ndarray]:
-        """The sample numbers of each micro-batch of one rank; empty arrays where a step has too few samples."""
-        assert self.packs_per_step % world_size == 0, "batch_math.plan_batch refuses this"
+        """The sample numbers of each micro-batch of one rank; empty arrays where a step has too few samples.
+
+        A rank's packs are joined in the order in which they were dealt out, neighbours in cost: ranks that meet in
+        every layer still meet with similar work.
+        """
         slots, costs_P = self._slots(step)
-        return [slots[at] for at in share_out(costs_P, world_size)[rank].tolist()]
+        shares_WMB = self._shares(costs_P, world_size)
+        return [np.concatenate([slots[at] for at in packs_B]) for packs_B in shares_WMB[rank].tolist()]
 
     def costs_of(self, step: int, world_size: int) -> np.ndarray:
         """costs_WM: TFLOP of each micro-batch of each rank, float64."""
         _, costs_P = self._slots(step)
-        return np.asarray(costs_P[share_out(costs_P, world_size)] / 1e9)
+        return np.asarray(costs_P[self._shares(costs_P, world_size)].sum(axis=2) / 1e9)
+
+    def _shares(self, costs_P: np.ndarray, world_size: int) -> np.ndarray:
+        """shares_WMB: the packs of each micro-batch of each rank; B is packs_per_micro_batch."""
+        at_once = world_size * self.packs_per_micro_batch
+        assert self.packs_per_step % at_once == 0, "batch_math.plan_batch refuses this"
+        return share_out(costs_P, world_size).reshape(world_size, -1, self.packs_per_micro_batch)
 
     def samples_of(self, step: int) -> np.ndarray:
         """All sample numbers of a step, over all ranks."""
@@ -201,8 +213,8 @@ def plan_table(
         raise UserError(
             "data.train leaves no rows in any epoch; raise data.train.N.repeat, or add rows to the smallest source."
         )
-    cost = cost or cost_of(run)
-    return StepPlan(table, mixture, epoch, packs_in_windows, packs_per_step, data.max_tokens, max_steps, cost)
+    cost, at_once = cost or cost_of(run), run.packs_per_micro_batch
+    return StepPlan(table, mixture, epoch, packs_in_windows, packs_per_step, data.max_tokens, max_steps, cost, at_once)
 
 
 def plan_evaluation(run: Run, held_out: Prepared, cost: StepCost | None = None) -> StepPlan:
@@ -211,6 +223,6 @@ def plan_evaluation(run: Run, held_out: Prepared, cost: StepCost | None = None) 
     mixture = held_out_mixture(run.data.eval, table)
     epoch = make_epoch(table, mixture, 0, run.data.max_tokens, seed=0)
     counts = count_alone(epoch.num_windows, epoch.count)
-    cost = cost or cost_of(run)
+    cost, at_once = cost or cost_of(run), run.packs_per_micro_batch
     packs_per_step, max_tokens = run.batch.packs_per_step, run.data.max_tokens
-    return StepPlan(table, mixture, lambda _: epoch, [counts], packs_per_step, max_tokens, None, cost)
+    return StepPlan(table, mixture, lambda _: epoch, [counts], packs_per_step, max_tokens, None, cost, at_once)
