@@ -21,6 +21,7 @@ VERBS = {
     "plan": "Batch arithmetic, steps and data counts.",
     "doctor": "Is everything there that a run needs?",
     "train": "Train, or go on with a run.",
+    "submit": "Train as a Slurm job.",
     "export": "Make a Hugging Face folder of a run.",
     "chat": "Talk to an exported model.",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from pathlib import Path
@@ -12,13 +13,16 @@ import click
 from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
 
 if TYPE_CHECKING:
+    from launch.ssh import Cluster
     from launch.start import Start
+    from qwen_dist.config import Run
     from qwen_dist.lease import Holder
 
 EPILOG = """\b
 Example:
   qwen-dist train run.yaml
   qwen-dist train run.yaml optim.lr=2e-5 --dry-run
+  qwen-dist train run.yaml --hostfile hosts
   QWEN_DIST_OPTIM__LR=2e-5 qwen-dist train run.yaml
 
 \b
@@ -31,22 +35,34 @@ Exit codes: 0 done, 1 failed, 2 wrong run file,
 @click.command(epilog=EPILOG)
 @click.argument("run_file", metavar="RUN.yaml", type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option(
+    "--hostfile",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Train on the machines of FILE, over ssh; lines as: node1 slots=8",
+)
 @click.option("--dry-run", is_flag=True, help="Write the run directory and print the command, start nothing.")
-def command(run_file: Path, overrides: tuple[str, ...], dry_run: bool) -> int:
-    """Train here: on one GPU, on all GPUs of this machine, or on CPU. Resumes a run that is already there."""
+def command(run_file: Path, overrides: tuple[str, ...], hostfile: Path | None, dry_run: bool) -> int:
+    """Train here: on one GPU, on all GPUs of this machine, on several machines over ssh, or on CPU.
+
+    Resumes a run that is already there.
+    """
     from launch.run_file import load_run
     from launch.show import plan_text, short_path
     from launch.start import make_start
     from qwen_dist.lease import held
 
+    if hostfile is not None:
+        overrides = (*overrides, "cluster.kind=hosts", f"cluster.hostfile={json.dumps(str(hostfile))}")
     loaded = load_run(run_file, overrides)
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}", err=True)
-    if loaded.run.cluster.kind == "slurm" and not dry_run:
+    if loaded.run.cluster.kind == "slurm":
         raise UserError(
-            "a Slurm run is not started from here; write its script with --dry-run, and submit that with sbatch."
+            f"a Slurm run is not started from here; use: qwen-dist submit {shlex.join([str(run_file), *overrides])}"
         )
-    start = make_start(loaded)
+    cluster = _machines(loaded.run) if loaded.run.cluster.kind == "hosts" and not dry_run else None
+    start = make_start(loaded, cluster)
     folder = short_path(str(start.run_dir.path))
     click.echo(plan_text(start.plan))
     if start.kind == "done":
@@ -55,9 +71,20 @@ def command(run_file: Path, overrides: tuple[str, ...], dry_run: bool) -> int:
     with held(start.run_dir.path, click.echo, _end_for) as token:
         start.write()
         if dry_run:
-            click.echo(f"\nWrote {folder}. Start it with:\n{start.command}")
+            each = ", a line on each machine" if start.argv_elsewhere else ""
+            click.echo(f"\nWrote {folder}. Start it with{each}:\n{start.command}")
             return EXIT_DONE
-        return _train(start, folder, token)
+        return _train(start, folder, token, loaded.run, cluster)
+
+
+def _machines(run: Run) -> Cluster:
+    """The machines of a run over ssh, each of which has answered."""
+    from launch.ssh import logins_not_passed_on, look_at_hosts
+    from qwen_dist.run_dir import RunDir
+
+    if warning := logins_not_passed_on(os.environ):
+        click.echo(f"warning: {warning}", err=True)
+    return look_at_hosts(run, RunDir(Path(run.output_dir) / run.name))
 
 
 def _end_for(holder: Holder) -> None:
@@ -66,14 +93,18 @@ def _end_for(holder: Holder) -> None:
     os._exit(EXIT_RUN_FAILED)
 
 
-def _train(start: Start, folder: str, token: str) -> int:
+def _train(start: Start, folder: str, token: str, run: Run, cluster: Cluster | None) -> int:
     from launch.hosts import inherited_environment
+    from launch.ssh import run_on_hosts
     from launch.supervise import supervise
     from qwen_dist.lease import LEASE_VARIABLE
 
     click.echo(f"\n{'Resuming' if start.kind == 'resume' else 'Starting'} {folder}")
-    environ = {**inherited_environment(os.environ), **start.variables, LEASE_VARIABLE: token}
-    outcome = supervise(start.argv, environ, start.run_dir)
+    variables = {**start.variables, LEASE_VARIABLE: token}
+    if cluster is not None:
+        outcome = run_on_hosts(run, start.run_dir, cluster, variables, lambda line: click.echo(line, err=True))
+    else:
+        outcome = supervise(start.argv, {**inherited_environment(os.environ), **variables}, start.run_dir)
     if outcome.exit_code == EXIT_DONE:
         click.echo(f"Done: {outcome.message}.\nNext: qwen-dist export {shlex.quote(folder)}")
     elif outcome.exit_code == EXIT_RESUMABLE:

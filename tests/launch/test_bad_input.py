@@ -97,12 +97,13 @@ def test_no_gpu(project, cli, monkeypatch):
     assert snapshot(project) == before
 
 
-def test_slurm_without_dry_run(project, cli):
+@pytest.mark.parametrize("words", [[], ["--dry-run"]])
+def test_a_slurm_run_is_not_started_here(project, cli, words):
     write_run(project, cluster={"kind": "slurm", "gpus_per_node": 1})
     before = snapshot(project)
-    result = cli("train", "run.yaml")
+    result = cli("train", "run.yaml", "seed=1", *words)
     assert result.code == 2
-    assert "--dry-run" in result.err
+    assert result.err == "error: a Slurm run is not started from here; use: qwen-dist submit run.yaml seed=1\n"
     assert snapshot(project) == before
 
 

@@ -10,7 +10,7 @@ import sys
 from launch.run_file import load_run
 from qwen_dist.config import Run
 from qwen_dist.lease import held
-from tests.launch.conftest import snapshot, write_run
+from tests.launch.conftest import snapshot
 
 
 def test_a_dry_run_writes_the_run_directory(project, cli):
@@ -42,16 +42,6 @@ def test_one_process_needs_no_deepspeed_launcher(project, cli):
     result = cli("train", "run.yaml", "cluster.gpus_per_node=1", "--dry-run")
     words = shlex.split(result.out.splitlines()[-1])
     assert words[2:] == [sys.executable, "-m", "qwen_dist.train", str(project / "runs" / "small")]
-
-
-def test_a_slurm_dry_run_writes_the_job(project, cli):
-    write_run(project, cluster={"kind": "slurm", "nodes": 2, "gpus_per_node": 2, "time": "1:00:00"})
-    result = cli("train", "run.yaml", "--dry-run")
-    job = project / "runs" / "small" / "job.sbatch"
-    assert result.out.splitlines()[-1] == f"sbatch {job}"
-    assert "#SBATCH --time=1:00:00\n" in job.read_text()
-    assert "2 nodes × 2" in result.out
-    assert json.loads((job.parent / "ds_config.json").read_text())["gradient_accumulation_steps"] == 1
 
 
 def test_a_dry_run_may_be_changed_and_done_again(project, cli):

@@ -51,7 +51,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_presets_and_templates_are_in_it(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"ds_configs/zero2.json", "ds_configs/zero3.json", "slurm/bare.sbatch.j2"} <= names
+    assert {"ds_configs/zero2.json", "ds_configs/zero3.json", "slurm/bare.sbatch.j2", "slurm/pyxis.sbatch.j2"} <= names
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"launch", "qwen_dist", "ds_configs", "slurm"}
 
@@ -71,7 +71,7 @@ def test_help_and_plan_work_anywhere(installed, project):
 def test_presets_and_templates_are_found_in_it(installed, project):
     write_run(project, cluster={"kind": "slurm", "gpus_per_node": 1})
     (project / "slurm").mkdir()
-    out = run_in(project, installed / "qwen-dist", "train", "run.yaml", "batch.packs_per_step=4", "--dry-run")
+    out = run_in(project, installed / "qwen-dist", "submit", "run.yaml", "batch.packs_per_step=4", "--dry-run")
     assert out.splitlines()[-1].startswith("sbatch ")
     code = "from importlib import resources; print(resources.files('ds_configs').joinpath('zero3.json').read_text())"
     assert '"stage": 3' in run_in(project, installed / "python", "-c", code)
