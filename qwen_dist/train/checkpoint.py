@@ -120,7 +120,7 @@ def load_checkpoint(engine: Engine, folder: Path) -> State:
     )
     if loaded is None:
         raise RunFailed(f"DeepSpeed could not load the checkpoint {folder}; see the log for the file it missed.")
-    _restore_rng(folder / _rng_name(engine.world.rank), engine.world)
+    restore_rng(folder, engine.world)
     return read_state(folder)
 
 
@@ -216,14 +216,15 @@ def _rng_state(world: World) -> dict[str, Any]:
     return state
 
 
-def _restore_rng(path: Path, world: World) -> None:
-    state = torch.load(path, weights_only=True)
+def restore_rng(folder: Path, world: World) -> None:
+    """Put this rank's random generators back to where they were when the checkpoint was saved."""
+    state = torch.load(folder / _rng_name(world.rank), weights_only=True)
     torch.set_rng_state(state["torch"])
     version, python_keys, gauss = state["python"]
     random.setstate((version, tuple(python_keys.tolist()), gauss))
     name, numpy_keys, *rest = state["numpy"]
     np.random.set_state((name, numpy_keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state:
+    if "cuda" in state and world.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], world.device)
 
 

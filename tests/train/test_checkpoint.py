@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qwen_dist.run_dir import RunDir
-from qwen_dist.train.checkpoint import _delete_old, _restore_rng, _rng_state, damage, newest_checkpoint
+from qwen_dist.train.checkpoint import _delete_old, _rng_name, _rng_state, damage, newest_checkpoint, restore_rng
 from qwen_dist.train.world import World
 
 CPU = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -57,12 +57,12 @@ def test_every_random_generator_comes_back(tmp_path: Path) -> None:
     np.random.seed(5)
     random.seed(5)
     random.gauss(0, 1)  # leaves a second number behind
-    torch.save(_rng_state(CPU), tmp_path / "rng.pt")
+    torch.save(_rng_state(CPU), tmp_path / _rng_name(0))
 
     def draw() -> tuple[float, float, float]:
         return torch.rand(1).item(), np.random.rand(), random.gauss(0, 1)
 
     expected = draw()
     assert draw() != expected
-    _restore_rng(tmp_path / "rng.pt", CPU)
+    restore_rng(tmp_path, CPU)
     assert draw() == expected
