@@ -45,6 +45,12 @@ def fail(name: str, found: str, fix: str) -> Check:
     return Check(name, "FAIL", found, fix)
 
 
+def refused(name: str, error: Exception) -> Check:
+    """A run does not go on, for a UserError's reason: its sentence ends with the fix."""
+    found, _, fix = str(error).partition("; ")
+    return Check(name, "FAIL", found, fix)
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is looked at: this machine, and a run where one is given.

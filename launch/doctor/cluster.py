@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.doctor.check import Check, Subject, fail, ok
+from launch.doctor.check import Check, Subject, fail, ok, refused
 from launch.sbatch import sbatch_text
 from qwen_dist.errors import UserError
 
@@ -22,7 +22,8 @@ FIXES = (
     ("node configuration", "ask for fewer nodes, GPUs, cores or less memory; sinfo -N -l shows what there is."),
     ("feature", "set cluster.constraint to features that sinfo -o '%f' shows."),
     ("reservation", "set cluster.reservation to one of: scontrol show reservation."),
-    ("contact slurm controller", "go to a login node of the cluster, or ask its staff: slurmctld is down."),
+    ("contact slurm controller", "ask the cluster's staff: its controller (slurmctld) does not answer."),
+    ("configuration source", "go to a login node of the cluster, or set SLURM_CONF."),
     ("gres", "correct cluster.gpu_request or cluster.gpu_type; sinfo -o '%G' shows what there is."),
 )
 
@@ -40,7 +41,7 @@ def slurm(subject: Subject) -> Check | None:
             ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=LIMIT_S, check=False
         )
     except UserError as error:
-        return fail("slurm", str(error), "as it says.")
+        return refused("slurm", error)
     except subprocess.TimeoutExpired:
         return fail("slurm", f"no answer within {LIMIT_S:.0f} s", "go to a login node of the cluster, or try later.")
     said = done.stderr.strip() or done.stdout.strip()
@@ -55,6 +56,7 @@ def judge_slurm(returncode: int, said: str, partitions: str) -> Check:
         partitions: those that there are, to name in the fix.
     """
     lines = [re.sub(r"^sbatch: (error: )?", "", line).strip() for line in said.splitlines()]
+    lines = [line for line in lines if line.startswith("fatal:")] or lines  # the last of several that lead to it
     told = "; ".join(dict.fromkeys(line.removeprefix("allocation failure: ") for line in lines if line))
     if returncode == 0:
         match = re.search(r"to start at (\S+) using (\d+) processors on (?:nodes )?(\S+)", told)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
-from launch.doctor.check import Check, Subject, fail, ok, warn
+from launch.doctor.check import Check, Subject, fail, ok, refused, warn
 from launch.show import short_path
 from qwen_dist.config import Model
 from qwen_dist.disk_room import DiskRoom, disk_room, missing_room
@@ -41,9 +41,9 @@ def model(subject: Subject) -> Check | None:
             return fail("model", f"{config.get('model_type')} model", f"train one of type {known}.")
         require_weights(settings.path)
     except UserError as error:
-        return fail("model", str(error), "as it says.")
+        return refused("model", error)
     shape = model_shape(settings.path)
-    told = f"{config['model_type']}, {shape.num_layers} layers, {shape.num_parameters / 1e9:.3g} B parameters"
+    told = f"{config['model_type']}, {shape.num_layers} layers, {_count(shape.num_parameters)} parameters"
     if subject.run.from_config_only:
         return ok("model", f"{told}, starting from random weights")
     folder = Path(settings.path)
@@ -67,7 +67,7 @@ def tokenizer(subject: Subject) -> Check | None:
         prompt = found.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
         is_hybrid = found.hybrid
     except (UserError, BadRow) as error:
-        return fail("tokenizer", str(error), "set model.tokenizer to that of a Qwen model.")
+        return refused("tokenizer", error)
     if is_local(run.model.path):
         num_rows = read_config(run.model.path).get("vocab_size")
         if num_rows is not None and found.num_ids > num_rows:
@@ -251,6 +251,10 @@ def _existing(path: Path) -> Path:
     """`path`, or the nearest folder above it that is there."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"
 
 
 def _size(num_bytes: int) -> str:

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launch.doctor.check import Check, Subject, fail, ok, warn
+from launch.doctor.check import Check, Subject, fail, ok, refused, warn
 from launch.show import short_path
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError
@@ -116,7 +116,7 @@ def attention(subject: Subject) -> Check | None:
         return None
     here = subject.here.result()
     if "attention_error" in here:
-        return fail("attention", str(here["attention_error"]), "as it says.")
+        return refused("attention", UserError(here["attention_error"]))
     backend, reason = here["attention"]
     if subject.computes_on_gpu and backend == "sdpa" and reason != "asked for":
         fix = "pip install 'qwen-dist[flash-attn]' (faster with many samples in a pack)"

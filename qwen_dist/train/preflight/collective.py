@@ -10,13 +10,13 @@ from typing import Any
 
 from qwen_dist.train.preflight.place import Place
 
-CONNECT_LIMIT_S, LIMIT_S = 20.0, 30.0
+CONNECT_SHARE = 0.6  # of the time limit, to reach the meeting point
 CPU_BYTES, GPU_BYTES = 4 << 20, 256 << 20
 NUM_WARMUPS, NUM_ROUNDS = 2, 5
 
 
-def collective(place: Place, on_gpu: bool, is_host: bool) -> dict[str, Any]:
-    """Try it, for LIMIT_S at most.
+def collective(place: Place, on_gpu: bool, is_host: bool, limit_s: float) -> dict[str, Any]:
+    """Try it, for `limit_s` at most.
 
     Args:
         place: this rank; there are several.
@@ -31,19 +31,19 @@ def collective(place: Place, on_gpu: bool, is_host: bool) -> dict[str, Any]:
 
     def run() -> None:
         try:
-            _try(place, on_gpu, is_host, result)
+            _try(place, on_gpu, is_host, limit_s, result)
         except Exception as error:  # torch raises many kinds, and each is a finding
             result["error"] = " ".join(str(error).split())[:200] or type(error).__name__
 
     thread = threading.Thread(target=run, daemon=True, name="collective")
     thread.start()
-    thread.join(LIMIT_S)
+    thread.join(limit_s)
     if thread.is_alive():
-        return {**result, "error": f"no answer within {LIMIT_S:.0f} s"}
+        return {**result, "error": f"no answer within {limit_s:.0f} s"}
     return result
 
 
-def _try(place: Place, on_gpu: bool, is_host: bool, result: dict[str, Any]) -> None:
+def _try(place: Place, on_gpu: bool, is_host: bool, limit_s: float, result: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
@@ -52,7 +52,7 @@ def _try(place: Place, on_gpu: bool, is_host: bool, result: dict[str, Any]) -> N
     assert place.address is not None and place.port is not None
     store = dist.TCPStore(
         place.address, place.port, place.world_size, is_host,
-        timeout=timedelta(seconds=CONNECT_LIMIT_S), wait_for_workers=False,
+        timeout=timedelta(seconds=CONNECT_SHARE * limit_s), wait_for_workers=False,
     )  # fmt: skip
     prefixed = dist.PrefixStore("preflight", store)
     prefixed.set(f"rank_{place.rank}", "here")
@@ -62,7 +62,7 @@ def _try(place: Place, on_gpu: bool, is_host: bool, result: dict[str, Any]) -> N
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=prefixed, rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=LIMIT_S),
+        store=prefixed, rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=limit_s),
     )  # fmt: skip
     result["stage"] = "joined"
     total = torch.tensor([place.rank + 1.0], device=device)

@@ -165,7 +165,7 @@ def _node_problems(fact: Facts) -> list[Problem]:
             problems.append(Problem(node, text))
         elif gpu["errors"]:
             text = f"GPU {gpu['index']} has {gpu['errors']} uncorrected memory errors; reset it, or drain the node."
-            problems.append(Problem(node, text))
+            problems.append(Problem(node, text, is_fatal=False))
     if "gpus" in fact and fact.get("shm_bytes", MIN_SHARED_MEMORY_BYTES) < MIN_SHARED_MEMORY_BYTES:
         text = f"{fact['shm_bytes'] / GB:.2f} GB free in /dev/shm, which NCCL uses; give the container 1 GB or more."
         problems.append(Problem(node, text, is_fatal=False))

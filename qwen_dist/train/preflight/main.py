@@ -23,8 +23,9 @@ from qwen_dist.train.ranks import rank_environment
 
 # Two minutes at most, all in all: imports take seconds, and much longer where all nodes read one slow disk.
 FACTS_WITHIN_S = 75.0
-STEP_MARGIN_S = 5.0  # a step that hangs is given up so much earlier, so that its rank can still say so
-RESULTS_WITHIN_S = 33.0
+STEP_SHARE = 0.8  # of that, after which a step that hangs is given up, so that its rank can still say so
+NETWORK_SHARE = 0.4  # of that, in which the network must answer: 30 s
+RESULT_LATE_S = 3.0  # how much later than its limit a rank's result may lie in the folder
 VERDICT_LATE_S = 5.0  # how much later than rank 0's own deadline the others stop to wait for it
 # srun ends the step at the first bad exit and drops what a task has just written: the words get this long to arrive.
 WORDS_ARRIVE_S = 1.0
@@ -50,9 +51,9 @@ def main(run_path: str, attempt: str | None, within_s: float = FACTS_WITHIN_S) -
             os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads this when it is imported (0.19.8)
         name = attempt_name(os.environ, place.world_size, attempt)
         meeting = _meet(run_dir, name, place)
-        _tell(meeting, "facts", _facts(run, run_dir, place, fingerprints, max(1.0, within_s - STEP_MARGIN_S)))
+        _tell(meeting, "facts", _facts(run, run_dir, place, fingerprints, STEP_SHARE * within_s))
         is_well = _agree(run, run_dir, place, meeting, deadline, within_s)
-        is_well = is_well and _try_network(run, place, meeting, started=deadline - within_s)
+        is_well = is_well and _try_network(run, place, meeting, deadline, within_s)
         return EXIT_DONE if is_well else EXIT_ENVIRONMENT
     except UserError as error:
         if rank_environment(dict(os.environ))["LOCAL_RANK"] == "0":  # one voice a node
@@ -93,23 +94,24 @@ def _agree(run: Run, run_dir: RunDir, place: Place, meeting: Meeting, deadline: 
     return _pronounce(meeting, "verdict", problems, len({fact["node"] for fact in facts.values()}))
 
 
-def _try_network(run: Run, place: Place, meeting: Meeting, started: float) -> bool:
+def _try_network(run: Run, place: Place, meeting: Meeting, facts_deadline: float, within_s: float) -> bool:
     """Whether all ranks together can compute; rank 0 says the last word."""
+    limit_s = NETWORK_SHARE * within_s
+    deadline = time.monotonic() + limit_s + RESULT_LATE_S
     result: dict[str, Any] = {"stage": "reduced", "error": None}
     if place.world_size > 1:
-        result = collective(place, _on_gpu(run), _is_host(place))
+        result = collective(place, _on_gpu(run), _is_host(place), limit_s)
     _tell(meeting, "result", result)
-    deadline = time.monotonic() + RESULTS_WITHIN_S
     ranks = range(place.world_size)
     if place.rank != 0:
         return _hear(meeting, "end", place, deadline + VERDICT_LATE_S)
     results, facts = meeting.wait("result", ranks, deadline), meeting.read("facts", ranks)
     nodes = {rank: str(fact["node"]) for rank, fact in facts.items()}
-    problems = missing([rank for rank in ranks if rank not in results], nodes.get, RESULTS_WITHIN_S)
+    problems = missing([rank for rank in ranks if rank not in results], nodes.get, limit_s)
     problems = problems or judge_results(results, nodes)
     is_well = _pronounce(meeting, "end", problems, len(set(nodes.values())))
     if is_well:
-        _say([summary(facts, result, time.monotonic() - started)])
+        _say([summary(facts, result, time.monotonic() - facts_deadline + within_s)])
     return is_well
 
 
