@@ -23,6 +23,7 @@ from launch.prepare_data import prepare_shown
 from launch.record import make_record
 from launch.run_file import Loaded
 from launch.sbatch import sbatch_text
+from launch.ssh import Cluster, node_argvs, planned_cluster
 from launch.stop_lead import stop_lead_s
 from launch.supervise import read_outcome
 from launch.zero import deepspeed_config
@@ -44,8 +45,10 @@ class Start:
         kind: "new", "resume", or "done" where the last attempt finished it.
         plan: what it will do.
         files: name in the run directory -> content; text, or a JSON value.
-        argv: the command that starts the trainer on this machine; on Slurm the one that submits it.
+        argv: the command that starts the trainer on this machine; on Slurm the one that submits it; over ssh the
+            one of the first machine.
         variables: what that command's environment needs besides the inherited one.
+        argv_elsewhere: over ssh, the commands of the other machines.
     """
 
     run_dir: RunDir
@@ -54,12 +57,13 @@ class Start:
     files: dict[str, Any]
     argv: list[str]
     variables: dict[str, str]
+    argv_elsewhere: tuple[list[str], ...] = ()
 
     @property
     def command(self) -> str:
-        """The command as a line for a shell."""
+        """The command as a line for a shell; over ssh, a line for each machine."""
         words = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
-        return " ".join([*words, shlex.join(self.argv)])
+        return "\n".join(" ".join([*words, shlex.join(argv)]) for argv in (self.argv, *self.argv_elsewhere))
 
     def write(self) -> None:
         """Write the files of the run directory, which is there.
@@ -79,11 +83,12 @@ class Start:
             ) from None
 
 
-def make_start(loaded: Loaded) -> Start:
+def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
     """Decide everything about a run's start. Writes nothing but the prepared data, and that only if all is well.
 
     Args:
         loaded: the checked run file.
+        cluster: the machines of a run over ssh, which have answered; default: as planned.
 
     Raises:
         UserError: the run cannot be started; says why.
@@ -96,9 +101,13 @@ def make_start(loaded: Loaded) -> Start:
     found = look(run_dir)
     kind = decide(found, run, run_dir.path, world_size)
     files: dict[str, Any] = {run_dir.ds_config.name: deepspeed_config(run, world_size)}  # refuses a wrong batch
+    elsewhere: list[list[str]] = []
     if run.cluster.kind == "slurm":
         argv, variables = ["sbatch", str(run_dir.sbatch)], {}
         files[run_dir.sbatch.name] = sbatch_text(run, run_dir.path, sys.executable, stop_lead_s(run_dir))
+    elif run.cluster.kind == "hosts":
+        argv, *elsewhere = node_argvs(run, run_dir, cluster or planned_cluster(run))
+        variables = trainer_environment(run, per_node)
     else:
         argv = trainer_argv(run_dir.path, sys.executable, per_node, free_port(), gpus[:per_node])
         variables = trainer_environment(run, per_node)
@@ -111,7 +120,7 @@ def make_start(loaded: Loaded) -> Start:
     plan = make_plan(run, per_node, data.numbers)
     files = {run_dir.run_json.name: make_record(loaded, data.fingerprints, data.counts, before), **files}
     is_done = kind == "resume" and _is_finished(run_dir)
-    return Start(run_dir, "done" if is_done else kind, plan, files, argv, variables)
+    return Start(run_dir, "done" if is_done else kind, plan, files, argv, variables, tuple(elsewhere))
 
 
 @dataclass(frozen=True)

@@ -155,14 +155,16 @@ class Ranks:
         self._end_orphans(stop, orphan_grace_s, runner.pid)
         return runner.returncode
 
-    def kill(self) -> None:
-        """Kill everything below us, at once."""
-        _send(self._descendants(), signal.SIGKILL)
+    def end(self) -> None:
+        """Kill everything below us, until nothing is left."""
+        while left := self._descendants():
+            _send(left, signal.SIGKILL)
+            psutil.wait_procs(left, timeout=POLL_S)
 
     def _tell(self, stop: Stop) -> None:
         """Pass a stop on to the ranks that were not told; where none can listen yet, nothing is lost by killing."""
         if stop.is_forced or stop.before_ranks:
-            self.kill()
+            _send(self._descendants(), signal.SIGKILL)
         elif stop.asked is not None:
             listening = [rank for rank in self._ranks() if _catches(rank.pid, signal.SIGUSR1)]
             new = [rank for rank in listening if rank.pid not in self.told]
@@ -178,9 +180,7 @@ class Ranks:
             self._tell(orphans)
             _reap(runner_pid)
             time.sleep(POLL_S)
-        while left := self._descendants():
-            _send(left, signal.SIGKILL)
-            psutil.wait_procs(left, timeout=POLL_S)
+        self.end()
 
     def _ranks(self) -> list[psutil.Process]:
         """The trainer's ranks among our descendants; not the runner above them, not the workers below them."""
