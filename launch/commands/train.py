@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,8 @@ Example:
   qwen-dist train run.yaml optim.lr=2e-5 --dry-run
   qwen-dist train run.yaml --hostfile hosts
   QWEN_DIST_OPTIM__LR=2e-5 qwen-dist train run.yaml
+  qwen-dist train run.yaml --debug --pdb
+  qwen-dist train --replay runs/demo --step 7 --rank 1
 
 \b
 The same command again goes on where it stopped.
@@ -42,16 +44,29 @@ Exit codes: 0 done, 1 failed, 2 wrong run file,
     help="Train on the machines of FILE, over ssh; lines as: node1 slots=8",
 )
 @click.option("--dry-run", is_flag=True, help="Write the run directory and print the command, start nothing.")
-def command(run_file: Path, overrides: tuple[str, ...], hostfile: Path | None, dry_run: bool) -> int:
+@click.option("--debug", is_flag=True, help="A few steps on a few rows in one process that shows everything.")
+@click.option("--layers", metavar="N", type=click.IntRange(min=1), help="Debug a model cut to N layers, random weights.")
+@click.option("--replay", is_flag=True, help="Compute a step of RUN_DIR, given in place of RUN.yaml, once more.")
+@click.option("--step", metavar="K", type=click.IntRange(min=1), help="The step to replay.")
+@click.option("--rank", metavar="R", type=click.IntRange(min=0), help="The rank to replay; default: 0.")
+@click.option("--pdb", is_flag=True, help="Debug or replay: open Python's debugger on a failure.")
+@click.option("--json", "as_json", is_flag=True, help="Debug or replay: for a machine to read.")
+def command(
+    run_file: Path, overrides: tuple[str, ...], hostfile: Path | None, dry_run: bool, **looking: Any
+) -> int:
     """Train here: on one GPU, on all GPUs of this machine, on several machines over ssh, or on CPU.
 
     Resumes a run that is already there.
     """
+    from launch.debug import asked_to_look
     from launch.run_file import load_run
     from launch.show import plan_text, short_path
     from launch.start import make_start
     from qwen_dist.lease import held
 
+    code = asked_to_look(run_file, overrides, hostfile is not None or dry_run, **looking)
+    if code is not None:
+        return code
     if hostfile is not None:
         overrides = (*overrides, "cluster.kind=hosts", f"cluster.hostfile={json.dumps(str(hostfile))}")
     loaded = load_run(run_file, overrides)
