@@ -6,14 +6,15 @@ demands. What fits is ordered by the model of time, what does not says what it w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from qwen_dist.batch_math import plan_batch
 from qwen_dist.config import Run
-from qwen_dist.hardware import Hardware, Measured
+from qwen_dist.hardware import GB, Hardware, Measured
 from qwen_dist.layout import Layout
-from qwen_dist.memory import Memory, memory_of
+from qwen_dist.memory import CONTEXT_BYTES, CUBLAS_BYTES, Memory, Parts, memory_of
 from qwen_dist.shapes import ModelShape
 from qwen_dist.step_time import StepTime, Work, step_time
 
@@ -31,6 +32,7 @@ class Question:
         pack_tokens: tokens of an average pack.
         sample_tokens: tokens of an average sample.
         supervised_share: of all tokens, those that are trained.
+        is_flash: whether flash attention computes; else sdpa with a mask, over whole micro-batches.
         measured: of a probe, or None.
     """
 
@@ -81,13 +83,19 @@ class Choice:
 
 def choose(question: Question) -> Choice | None:
     """The layout that fits and is fastest, or None where none fits."""
-    best = [option for option in options(question) if option.fits]
-    if not best:
+    every = list(options(question))
+    fitting = [option for option in every if option.fits]
+    if not fitting:
         return None
-    fastest = min(_seconds(option) for option in best)
-    alike = [option for option in best if _seconds(option) <= ALIKE * fastest]
+    fastest = min(_seconds(option) for option in fitting)
+    alike = [option for option in fitting if _seconds(option) <= ALIKE * fastest]
     chosen = min(alike, key=lambda option: _complexity(option.layout))
-    return Choice(chosen, tuple(_alternatives(question, chosen)))
+    return Choice(chosen, tuple(_alternatives(question, every, chosen)))
+
+
+def fits_somehow(question: Question) -> bool:
+    """Whether any layout fits."""
+    return any(option.fits for option in options(question))
 
 
 def options(question: Question) -> Iterator[Option]:
@@ -112,9 +120,7 @@ def layouts(question: Question) -> Iterator[Layout]:
     for stage, offload, hpz in combinations(run, hardware):
         on_nvme = run.zero.nvme_path is not None and offload != "none"
         for packs in _micro_batches(question):
-            yield replace(
-                base, stage=stage, offload=offload, hpz=hpz, on_nvme=on_nvme, packs_per_micro_batch=packs
-            )
+            yield replace(base, stage=stage, offload=offload, hpz=hpz, on_nvme=on_nvme, packs_per_micro_batch=packs)
 
 
 def combinations(run: Run, hardware: Hardware) -> Iterator[tuple[int, str, bool]]:
@@ -123,7 +129,9 @@ def combinations(run: Run, hardware: Hardware) -> Iterator[tuple[int, str, bool]
     stages = (2, 3) if zero.stage == "auto" else (zero.stage,)
     if run.method.kind == "qlora":
         stages = (2,)
-    offloads = (zero.offload,) if zero.offload != "auto" else ("none", "optimizer", "all") if hardware.gpu else ("none",)
+    offloads = (
+        (zero.offload,) if zero.offload != "auto" else ("none", "optimizer", "all") if hardware.gpu else ("none",)
+    )
     copies = (False, True) if zero.hpz == "auto" else (zero.hpz,)
     for stage in stages:
         for offload in offloads:
@@ -131,8 +139,8 @@ def combinations(run: Run, hardware: Hardware) -> Iterator[tuple[int, str, bool]
                 is_possible = stage == 3 or (offload != "all" and not hpz)
                 if zero.nvme_path is not None and offload != "none":
                     is_possible = is_possible and stage == 3
-                if hpz and zero.hpz == "auto":  # a copy beside weights that lie in host memory gains nothing
-                    is_possible = is_possible and hardware.nodes > 1 and offload != "all"
+                if hpz and zero.hpz == "auto":  # where memory is so short that the host must help, a copy is too much
+                    is_possible = is_possible and hardware.nodes > 1 and offload == "none"
                 if is_possible:
                     yield stage, offload, hpz
 
@@ -153,26 +161,49 @@ def least_recompute(question: Question, layout: Layout) -> Option:
 
 def evaluated(question: Question, layout: Layout) -> Option:
     """What `layout` needs, and how long its step takes."""
-    memory = memory_of(question.shape, layout, 1.0, question.is_flash)  # a pack may be trained on as a whole
+    memory = _memory_of(question.shape, layout, 1.0, question.is_flash)  # a pack may be trained on as a whole
+    if question.measured is not None:
+        memory = corrected(memory, question.measured)
     time = None
     if question.hardware.gpu is not None:
         accumulation = max(1, question.packs_per_process // layout.packs_per_micro_batch)
-        work = Work(accumulation, question.pack_tokens, question.sample_tokens, question.supervised_share)
+        # With a mask nothing is left out: neither other samples nor what comes after.
+        masked = 2 * layout.packs_per_micro_batch * question.pack_tokens
+        attended = question.sample_tokens if question.is_flash else masked
+        work = Work(accumulation, question.pack_tokens, attended, question.supervised_share)
         time = step_time(question.shape, layout, question.hardware, work, question.measured)
     return Option(layout, memory, time, lack(question, memory))
+
+
+_memory_of = lru_cache(maxsize=4096)(memory_of)  # asked again for alternatives, and once the data is counted
+
+
+def corrected(memory: Memory, measured: Measured) -> Memory:
+    """`memory` with what a probe measured in place of what is typical; NCCL's share stays, one GPU has none."""
+
+    def with_measured(parts: Parts) -> Parts:
+        nccl = parts.workspace - CONTEXT_BYTES - CUBLAS_BYTES
+        activations = round(parts.activations * measured.activation_factor)
+        return replace(parts, activations=activations, workspace=nccl + measured.base_bytes, margin=0)
+
+    return replace(memory, gpu={moment: with_measured(parts) for moment, parts in memory.gpu.items()})
 
 
 def lack(question: Question, memory: Memory) -> str:
     """What is missing for `memory`, as "needs 97 GB of 85"; "" where nothing is."""
     hardware = question.hardware
-    base = question.measured.base_bytes if question.measured else 0
-    needed, there = memory.peak + base, hardware.process_memory_bytes
+    needed, there = needed_bytes(hardware, memory), hardware.process_memory_bytes
     if needed > there:
         return f"needs {gigabytes(needed, up=True)} GB of {gigabytes(there)}"
     needed, there = memory.host, hardware.host_memory_bytes
     if hardware.gpu is not None and needed > there:
         return f"needs {gigabytes(needed, up=True)} GB of the machine's {gigabytes(there)}"
     return ""
+
+
+def needed_bytes(hardware: Hardware, memory: Memory) -> int:
+    """Most bytes of a GPU; on CPU of a process, without the workspace that CUDA has."""
+    return memory.peak if hardware.gpu else memory.peak - memory.gpu[memory.peak_moment].workspace
 
 
 def gigabytes(num_bytes: float, up: bool = False) -> str:
@@ -182,10 +213,10 @@ def gigabytes(num_bytes: float, up: bool = False) -> str:
     return f"{rounded / scale:,.0f}" if scale == 1 else f"{rounded / scale:.1f}"
 
 
-def _alternatives(question: Question, chosen: Option) -> Iterator[Option]:
+def _alternatives(question: Question, every: list[Option], chosen: Option) -> Iterator[Option]:
     """The best of every other combination, and the chosen one without recompute where that does not fit."""
     best: dict[tuple[int, str, bool], Option] = {}
-    for option in options(question):
+    for option in every:
         layout = option.layout
         key = (layout.stage, layout.offload, layout.hpz)
         if key not in best or _rank(option) < _rank(best[key]):

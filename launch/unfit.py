@@ -1,0 +1,129 @@
+"""What to say of a run that fits nowhere: how much is lacking, and what would fit. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from launch.choose import Option, Question, fits_somehow, gigabytes, options
+from qwen_dist.config import Batch, Method, Run, Zero
+from qwen_dist.errors import UserError
+
+MAX_NODES = 32
+TOKENS_STEP = 256
+MAX_REMEDIES = 3  # that an error names
+
+
+def refusal(question: Question) -> str:
+    """One sentence: what was asked for, what the nearest layout needs, and what would fit."""
+    run, hardware = question.run, question.hardware
+    nearest = min(options(question), key=lambda option: (option.memory.peak, option.memory.host))
+    count = hardware.world_size
+    where = f"{count} {'GPU' if hardware.gpu else 'process'}{('s' if hardware.gpu else 'es') if count > 1 else ''}"
+    what = {"full": "full training", "lora": "LoRA", "qlora": "QLoRA"}[run.method.kind]
+    asked = f"{what} of {run.model.path} at data.max_tokens={run.data.max_tokens} does not fit on {where}"
+    fixed = _fixed(run)
+    lacks = f"{_with(fixed)}it {nearest.needs}" if fixed else f"it {nearest.needs} at the least"
+    found = list(_remedies(question, nearest))[:MAX_REMEDIES]
+    fix = f"what would fit: {', or '.join(found)}" if found else "use a smaller model"
+    return f"{asked}: {lacks}; {fix}."
+
+
+def _fixed(run: Run) -> list[str]:
+    """Settings of the layout that the user chose, as zero.stage=2."""
+    asked = {
+        "zero.stage": run.zero.stage,
+        "zero.offload": run.zero.offload,
+        "zero.hpz": run.zero.hpz,
+        "batch.packs_per_micro_batch": run.batch.packs_per_micro_batch,
+        "model.activation_checkpointing": run.model.activation_checkpointing,
+    }
+    return [f"{key}={str(value).lower()}" for key, value in asked.items() if value != "auto"]
+
+
+def _with(fixed: list[str]) -> str:
+    return f"with {' and '.join(fixed)} "
+
+
+def _remedies(question: Question, nearest: Option) -> Iterator[str]:
+    """Changes of the run, each of which alone makes it fit; the least painful first."""
+    run = question.run
+    free = _freed(run)
+    fixed = _fixed(run)
+    if fixed and _fits(replace(question, run=free)):
+        yield f"{' and '.join(key.partition('=')[0] for key in fixed)} left at auto"
+        return
+    question = replace(question, run=free)
+    if "machine's" in nearest.needs:
+        yield f"cluster.host_memory_gb of {gigabytes(nearest.memory.host, up=True)} or more where machines have it"
+        if run.zero.nvme_path is None and _fits(replace(question, run=_with_disk(free))):
+            yield "zero.nvme_path on a local disk"
+    if tokens := _largest_max_tokens(question):
+        yield f"data.max_tokens={tokens}"
+    if kind := _smaller_method(question):
+        yield f"method.kind={kind}"
+    if more := _more_machines(question):
+        yield more
+
+
+def _fits(question: Question) -> bool:
+    try:
+        return fits_somehow(question)
+    except UserError:  # the batch does not divide
+        return False
+
+
+def _freed(run: Run) -> Run:
+    """The run with nothing of its layout fixed."""
+    model = run.model.model_copy(update={"activation_checkpointing": "auto"})
+    zero = Zero(nvme_path=run.zero.nvme_path)
+    batch = Batch(packs_per_step=run.batch.packs_per_step)
+    return run.model_copy(update={"zero": zero, "model": model, "batch": batch})
+
+
+def _with_disk(run: Run) -> Run:
+    return run.model_copy(update={"zero": Zero(nvme_path="/local")})
+
+
+def _largest_max_tokens(question: Question) -> int | None:
+    """The largest multiple of 256 that fits, if any does."""
+
+    def fits(steps: int) -> bool:
+        data = question.run.data.model_copy(update={"max_tokens": steps * TOKENS_STEP})
+        return _fits(replace(question, run=question.run.model_copy(update={"data": data})))
+
+    low, high = 0, -(-question.run.data.max_tokens // TOKENS_STEP)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * TOKENS_STEP or None
+
+
+def _smaller_method(question: Question) -> str | None:
+    kinds = ("full", "lora", "qlora")
+    run = question.run
+    for kind in kinds[kinds.index(run.method.kind) + 1 :]:
+        if kind == "qlora" and (run.model.precision != "bf16" or question.shape.num_experts):
+            continue
+        method = Method(kind=kind) if run.method.kind == "full" else run.method.model_copy(update={"kind": kind})
+        if _fits(replace(question, run=run.model_copy(update={"method": method}))):
+            return kind
+    return None
+
+
+def _more_machines(question: Question) -> str | None:
+    """The least number of GPUs that would do: more of this machine up to 8, then more machines; a power of two."""
+    hardware = question.hardware
+    if hardware.gpu is None:
+        return None
+    nodes, per_node = hardware.nodes, hardware.gpus_per_node
+    while nodes < MAX_NODES:
+        nodes, per_node = (nodes, min(8, per_node * 2)) if per_node < 8 else (nodes * 2, per_node)
+        network = hardware.network_bytes_s or hardware.gpu.host_bytes_s
+        host = max(hardware.host_memory_bytes, hardware.host_memory_bytes * per_node // hardware.gpus_per_node)
+        more = replace(hardware, nodes=nodes, gpus_per_node=per_node, network_bytes_s=network, host_memory_bytes=host)
+        # The packs of a step are not the point here: as many as divide.
+        batch = Batch(packs_per_step=more.world_size)
+        if _fits(replace(question, hardware=more, run=question.run.model_copy(update={"batch": batch}))):
+            return f"{more.world_size} such GPUs"
+    return None
