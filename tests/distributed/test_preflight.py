@@ -154,7 +154,7 @@ def hanging_disk(copy: Copy) -> Ended:
     (copy.folder / "hangs").mkdir()
     os.mkfifo(copy.folder / "hangs" / "tokenizer.json")
     change(copy.run, lambda config: config["model"].update(tokenizer=str(copy.folder / "hangs")))
-    return preflight(copy.run, within_s=15)
+    return preflight(copy.run, within_s=40)
 
 
 def small_and_full_disk(copy: Copy) -> list[Ended]:
@@ -194,7 +194,7 @@ def torchrun(copy: Copy) -> subprocess.CompletedProcess[str]:
 
 # Most of their time they wait, and so they run beside each other.
 SCENARIOS: dict[str, Callable[[Copy], Any]] = {
-    "no network": lambda copy: preflight(copy.run, within_s=20, wrap_1=namespace("--net")),
+    "no network": lambda copy: preflight(copy.run, within_s=60, wrap_1=namespace("--net")),
     "hanging disk": hanging_disk,
     "no node 2": lambda copy: preflight(copy.run, ranks=(0,), within_s=12),
     "no node 1": lambda copy: preflight(copy.run, ranks=(1,), within_s=5),

@@ -5,23 +5,28 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from qwen_dist.train.preflight.place import Place
 
 CONNECT_SHARE = 0.6  # of the time limit, to reach the meeting point
+POLL_S = 0.5
 CPU_BYTES, GPU_BYTES = 4 << 20, 256 << 20
 NUM_WARMUPS, NUM_ROUNDS = 2, 5
 
 
-def collective(place: Place, on_gpu: bool, is_host: bool, limit_s: float) -> dict[str, Any]:
+def collective(
+    place: Place, on_gpu: bool, is_host: bool, limit_s: float, is_lost: Callable[[], bool]
+) -> dict[str, Any]:
     """Try it, for `limit_s` at most.
 
     Args:
         place: this rank; there are several.
         on_gpu: over NCCL, else over gloo.
         is_host: rank 0 opens the meeting point itself.
+        is_lost: whether another rank has failed, so that the others wait for it in vain; asked every POLL_S.
 
     Returns:
         "stage" reached (see judge.STAGES), "error" or None; when all went well "bandwidth_bytes_s" (what each link
@@ -37,10 +42,10 @@ def collective(place: Place, on_gpu: bool, is_host: bool, limit_s: float) -> dic
 
     thread = threading.Thread(target=run, daemon=True, name="collective")
     thread.start()
-    thread.join(limit_s)
-    if thread.is_alive():
-        return {**result, "error": f"no answer within {limit_s:.0f} s"}
-    return result
+    deadline = time.monotonic() + limit_s
+    while thread.is_alive() and time.monotonic() < deadline and not is_lost():
+        thread.join(min(POLL_S, max(0.0, deadline - time.monotonic())))
+    return {**result, "error": "no answer from the others"} if thread.is_alive() else result
 
 
 def _try(place: Place, on_gpu: bool, is_host: bool, limit_s: float, result: dict[str, Any]) -> None:

@@ -23,7 +23,8 @@ from qwen_dist.train.ranks import rank_environment
 
 # Two minutes at most, all in all: imports take seconds, and much longer where all nodes read one slow disk.
 FACTS_WITHIN_S = 75.0
-STEP_SHARE = 0.8  # of that, after which a step that hangs is given up, so that its rank can still say so
+# Of that, after which a step that hangs is given up, so that its rank can still say so.
+STEP_SHARES = {"software": 0.8, "files": 0.3, "rendezvous": 0.3, "node": 0.5}
 NETWORK_SHARE = 0.4  # of that, in which the network must answer: 30 s
 RESULT_LATE_S = 3.0  # how much later than its limit a rank's result may lie in the folder
 VERDICT_LATE_S = 5.0  # how much later than rank 0's own deadline the others stop to wait for it
@@ -51,7 +52,7 @@ def main(run_path: str, attempt: str | None, within_s: float = FACTS_WITHIN_S) -
             os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads this when it is imported (0.19.8)
         name = attempt_name(os.environ, place.world_size, attempt)
         meeting = _meet(run_dir, name, place)
-        _tell(meeting, "facts", _facts(run, run_dir, place, fingerprints, STEP_SHARE * within_s))
+        _tell(meeting, "facts", _facts(run, run_dir, place, fingerprints, within_s))
         is_well = _agree(run, run_dir, place, meeting, deadline, within_s)
         is_well = is_well and _try_network(run, place, meeting, deadline, within_s)
         return EXIT_DONE if is_well else EXIT_ENVIRONMENT
@@ -63,9 +64,9 @@ def main(run_path: str, attempt: str | None, within_s: float = FACTS_WITHIN_S) -
 
 
 def _facts(
-    run: Run, run_dir: RunDir, place: Place, fingerprints: dict[str, str | None], limit_s: float
+    run: Run, run_dir: RunDir, place: Place, fingerprints: dict[str, str | None], within_s: float
 ) -> dict[str, Any]:
-    """Everything that this rank sees by itself, each step within `limit_s`."""
+    """Everything that this rank sees by itself."""
 
     def software() -> dict[str, Any]:
         found = look.software()
@@ -78,7 +79,7 @@ def _facts(
     }
     if place.local_rank == 0:
         steps["node"] = lambda: look.node(run, run_dir)
-    found = look.gather([look.Step(name, limit_s, step) for name, step in steps.items()])
+    found = look.gather([look.Step(name, STEP_SHARES[name] * within_s, step) for name, step in steps.items()])
     return {"rank": place.rank, "local_rank": place.local_rank, "node": place.node, **found}
 
 
@@ -96,13 +97,17 @@ def _agree(run: Run, run_dir: RunDir, place: Place, meeting: Meeting, deadline: 
 
 def _try_network(run: Run, place: Place, meeting: Meeting, facts_deadline: float, within_s: float) -> bool:
     """Whether all ranks together can compute; rank 0 says the last word."""
-    limit_s = NETWORK_SHARE * within_s
+    limit_s, ranks = NETWORK_SHARE * within_s, range(place.world_size)
     deadline = time.monotonic() + limit_s + RESULT_LATE_S
+
+    def is_lost() -> bool:
+        """Rank 0 looks for all: it opened the meeting point, which the others leave when it does."""
+        return place.rank == 0 and any(result["error"] for result in meeting.read("result", ranks).values())
+
     result: dict[str, Any] = {"stage": "reduced", "error": None}
     if place.world_size > 1:
-        result = collective(place, _on_gpu(run), _is_host(place), limit_s)
+        result = collective(place, _on_gpu(run), _is_host(place), limit_s, is_lost)
     _tell(meeting, "result", result)
-    ranks = range(place.world_size)
     if place.rank != 0:
         return _hear(meeting, "end", place, deadline + VERDICT_LATE_S)
     results, facts = meeting.wait("result", ranks, deadline), meeting.read("facts", ranks)
