@@ -21,7 +21,7 @@ from qwen_dist.step_time import StepTime, Work, step_time
 # A micro-batch of more tokens than this computes no faster: every product is large.
 MAX_MICRO_BATCH_TOKENS = 32_768
 # Layouts nearer to the fastest than this are alike for the model of time: the simplest of them is taken.
-ALIKE = 1.02
+ALIKE = 1.06
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def choose(question: Question) -> Choice | None:
         return None
     fastest = min(_seconds(option) for option in fitting)
     alike = [option for option in fitting if _seconds(option) <= ALIKE * fastest]
-    chosen = min(alike, key=lambda option: _complexity(option.layout))
+    chosen = min(alike, key=lambda option: (_complexity(option.layout), _seconds(option)))
     return Choice(chosen, tuple(_alternatives(question, every, chosen)))
 
 
@@ -100,8 +100,12 @@ def fits_somehow(question: Question) -> bool:
 
 def options(question: Question) -> Iterator[Option]:
     """Of every combination of stage, offload, hpZ and micro-batch, the layout that recomputes least."""
+    full: tuple[int, str, bool] | None = None
     for layout in layouts(question):
-        yield least_recompute(question, layout)
+        key = _key(layout)
+        if key != full:
+            yield (option := least_recompute(question, layout))
+            full = full if option.fits else key  # more packs at a time take more memory
 
 
 def layouts(question: Question) -> Iterator[Layout]:
@@ -217,12 +221,10 @@ def _alternatives(question: Question, every: list[Option], chosen: Option) -> It
     """The best of every other combination, and the chosen one without recompute where that does not fit."""
     best: dict[tuple[int, str, bool], Option] = {}
     for option in every:
-        layout = option.layout
-        key = (layout.stage, layout.offload, layout.hpz)
+        key = _key(option.layout)
         if key not in best or _rank(option) < _rank(best[key]):
             best[key] = option
-    taken = (chosen.layout.stage, chosen.layout.offload, chosen.layout.hpz)
-    others = [option for key, option in best.items() if key != taken]
+    others = [option for key, option in best.items() if key != _key(chosen.layout)]
     if chosen.layout.recomputed_layers and _is_open(question.run):
         others.append(evaluated(question, replace(chosen.layout, recomputed_layers=0)))
     for option in sorted(others, key=_rank):
@@ -233,12 +235,13 @@ def _slower(option: Option, chosen: Option) -> str:
     if option.time is None or chosen.time is None:
         return "not needed"
     ratio = option.time.total_s / chosen.time.total_s
-    return f"takes {ratio:.2f} × the time" if ratio > ALIKE else "no faster"
+    return f"takes {ratio:.2f} × the time" if ratio > ALIKE else "no faster" if ratio >= 1 else "hardly faster"
 
 
 def _rank(option: Option) -> tuple[bool, float, tuple[int, ...]]:
     """What fits by time; what does not by what it would need."""
-    return not option.fits, _seconds(option) if option.fits else option.memory.peak, _complexity(option.layout)
+    order = _complexity(option.layout)
+    return not option.fits, _seconds(option) if option.fits else option.memory.peak, (*order, option.layout.stage)
 
 
 def _seconds(option: Option) -> float:
@@ -247,8 +250,13 @@ def _seconds(option: Option) -> float:
 
 
 def _complexity(layout: Layout) -> tuple[int, ...]:
+    """Offload needs the host, hpZ a node's copy; ZeRO-3 gathers a base that LoRA never changes."""
     offload = ("none", "optimizer", "all").index(layout.offload)
-    return offload, layout.recomputed_layers, layout.stage, layout.hpz, layout.packs_per_micro_batch
+    return offload, layout.hpz, 0 if layout.method == "full" else layout.stage
+
+
+def _key(layout: Layout) -> tuple[int, str, bool]:
+    return layout.stage, layout.offload, layout.hpz
 
 
 def _is_open(run: Run) -> bool:

@@ -55,7 +55,7 @@ def _remedies(question: Question, nearest: Option) -> Iterator[str]:
         return
     question = replace(question, run=free)
     if "machine's" in nearest.needs:
-        yield f"cluster.host_memory_gb of {gigabytes(nearest.memory.host, up=True)} or more where machines have it"
+        yield f"machines with {gigabytes(nearest.memory.host, up=True)} GB of memory (cluster.host_memory_gb)"
         if run.zero.nvme_path is None and _fits(replace(question, run=_with_disk(free))):
             yield "zero.nvme_path on a local disk"
     if tokens := _largest_max_tokens(question):
