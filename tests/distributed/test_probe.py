@@ -1,0 +1,117 @@
+"""The probe's own process: real DeepSpeed steps of shallow models on the CPU, measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.zero import deepspeed_config
+from qwen_dist.config import Run
+from qwen_dist.errors import EXIT_DONE, EXIT_USAGE
+from qwen_dist.train.probe import SavedBytes, Spec, config_of_depth, micro_batch
+from tests.distributed.runs import REPO, SMALL_QWEN3
+
+TOKENS, HIDDEN = 256, SMALL_QWEN3["hidden_size"]
+
+
+def make_spec(folder: Path, depths: list[tuple[int, int]], **changes: Any) -> Path:
+    """spec.json of a small Qwen3 of 12 layers; `method` and `revision` are the run's, other `changes` the spec's."""
+    (folder / "config.json").write_text(json.dumps({**SMALL_QWEN3, "num_hidden_layers": 12}))
+    run = Run.model_validate(
+        {
+            "name": "probed",
+            "model": {"path": str(folder / "config.json")},
+            "method": {"kind": changes.pop("method", "full")},
+            "data": {"train": [{"path": "rows.jsonl"}], "max_tokens": TOKENS},
+            "batch": {"packs_per_step": 2, "packs_per_micro_batch": 1},
+            "zero": {"stage": 2, "offload": "none", "hpz": False},
+            "cluster": {"device": "cpu"},
+        }
+    )
+    spec = {
+        "config": run.model_dump(mode="json"), "ds_config": deepspeed_config(run, 1), "depths": depths,
+        "micro_batches": 2, "tokens": TOKENS, "sample_tokens": 50, "supervised_share": 0.25,
+    }  # fmt: skip
+    path = folder / "spec.json"
+    path.write_text(json.dumps({**spec, **changes}))
+    return path
+
+
+def run_probe(spec: Path, expected_code: int = EXIT_DONE) -> dict[str, Any]:
+    """The result of the probe's process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen_dist.train.probe", str(spec)],
+        cwd=REPO, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == expected_code, done.stdout + done.stderr
+    return json.loads(spec.with_name("result.json").read_text())
+
+
+def test_depths_are_measured(tmp_path: Path) -> None:
+    result = run_probe(make_spec(tmp_path, [(1, 0), (3, 0), (3, 3), (3, 1)]))
+    assert result["backend"] == "sdpa"
+    found = {(each["layers"], each["recomputed"]): each for each in result["measurements"]}
+    assert all(each["micro_batch_s"] > 0 and each["optimizer_s"] > 0 for each in found.values())
+    saved = {depth: each["saved_bytes"] for depth, each in found.items()}
+    layer = (saved[3, 0] - saved[1, 0]) / 2
+    rest = saved[1, 0] - layer
+    layer_input = TOKENS * HIDDEN * 2  # bf16: all that a recomputed layer keeps of its own
+    # The first layer's input is what the embedding made, the others' is what the layer before keeps for its norm.
+    assert saved[3, 3] == pytest.approx(rest + 3 * layer_input, rel=0.03)
+    assert saved[3, 1] == pytest.approx(saved[3, 0] - layer + layer_input, rel=0.03)
+    assert layer > 8 * layer_input
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_are_measured_on_random_weights(method: str, tmp_path: Path) -> None:
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    result = run_probe(make_spec(tmp_path, [(2, 2)], method=method))
+    assert [each["layers"] for each in result["measurements"]] == [2]
+    assert result["measurements"][0]["saved_bytes"] > 0
+
+
+def test_too_little_memory_is_a_sentence(tmp_path: Path) -> None:
+    # Without flash attention two samples of 2 million tokens need a mask of 16e12 bytes.
+    result = run_probe(make_spec(tmp_path, [(2, 0)], tokens=4_000_000, sample_tokens=2_000_000), EXIT_USAGE)
+    assert result["error"] == (
+        "The probe ran out of memory with 2 layers and 4,000,000 tokens at a time; "
+        "set a lower data.max_tokens or batch.packs_per_micro_batch."
+    )
+
+
+def test_micro_batch_is_of_the_asked_size() -> None:
+    batch = micro_batch(Spec({}, {}, (), 1, tokens=1000, sample_tokens=130, supervised_share=0.3), vocab_size=50)
+    assert batch.input_ids_1T.shape == (1, 1000)
+    assert int(batch.input_ids_1T.max()) < 50
+    assert len(batch.cu_seq_lens) - 1 == 8
+    assert batch.max_length == 125
+    assert batch.num_supervised == pytest.approx(300, abs=8)
+    whole = micro_batch(Spec({}, {}, (), 1, tokens=100, sample_tokens=400, supervised_share=1.0), vocab_size=50)
+    assert (whole.max_length, whole.num_supervised) == (100, 100)
+
+
+def test_a_shallow_config_keeps_what_its_layers_are() -> None:
+    config = {"num_hidden_layers": 4, "layer_types": list("abcd"), "mlp_only_layers": [0, 3], "hidden_size": 8}
+    assert config_of_depth(config, 2) == {
+        "num_hidden_layers": 2, "layer_types": ["a", "b"], "mlp_only_layers": [0], "hidden_size": 8,
+    }  # fmt: skip
+
+
+def test_saved_bytes_count_each_storage_once_and_no_weight() -> None:
+    linear = torch.nn.Linear(10, 20, bias=False)
+    counted = SavedBytes(linear)
+    with torch.autograd.graph.saved_tensors_hooks(counted.pack, lambda tensor: tensor):
+        hidden = torch.ones(5, 10, requires_grad=True) * 1.5
+        out = linear(hidden)  # keeps its input and its weight
+        out = out * out.exp()  # keeps both factors, of which exp keeps the second again
+    del out
+    assert counted.total == 4 * (5 * 10 + 5 * 20 + 5 * 20)
