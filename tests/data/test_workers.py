@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -40,17 +41,19 @@ def test_workers_leave_at_once_and_give_their_claims_back(qwen3_folder: Path, tm
     assert sorted(path.name for path in work.iterdir()) == ["file_0.json", "file_0.jsonl"]
 
 
-def test_ctrl_c_is_the_parents_to_answer(qwen3_folder: Path, tmp_path: Path) -> None:
-    """It reaches the whole group: an idle worker would end with a traceback of its own."""
+def test_signals_to_all_are_the_parents_to_answer(qwen3_folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the whole group, and Slurm's USR1 and TERM every process of a step."""
     (tmp_path / "rows.json").write_text("[{}]")
     (file,) = find_files([Source(path=str(tmp_path / "rows.json"))])
     tasks = [Task("convert", tmp_path / f"file_{number}", file) for number in range(4)]
     with workers.Workers(2, load_tokenizer(str(qwen3_folder))) as pool:
         assert len(list(pool.run(tasks[:2]))) == 2
-        for process in multiprocessing.active_children():
-            os.kill(process.pid or 0, signal.SIGINT)
+        pids = [process.pid for process in multiprocessing.active_children()]
+        for name in ("INT", "USR1", "TERM"):  # from another process than the parent
+            subprocess.run(["kill", "-s", name, *map(str, pids)], check=True)
         time.sleep(0.2)
         assert [task.result for task in pool.run(tasks[2:])] == ["line", "line"]
+        assert [process.pid for process in multiprocessing.active_children()] == pids
 
 
 def test_a_worker_that_is_killed_is_told(qwen3_folder: Path, tmp_path: Path) -> None:

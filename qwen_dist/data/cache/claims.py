@@ -26,11 +26,11 @@ def claimed(path: Path, stale_s: float = STALE_S) -> Iterator[bool]:
     if not _create(path) and not (_is_stale(path, stale_s) and _take_over(path)):
         yield False
         return
-    with beating(lambda: os.utime(path)):
-        try:
+    try:
+        with beating(lambda: os.utime(path)):
             yield True
-        finally:
-            path.unlink(missing_ok=True)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _create(path: Path) -> bool:

@@ -24,6 +24,8 @@ from qwen_dist.data.reading.files import stamp, to_jsonl
 from qwen_dist.data.reading.rows import shown
 from qwen_dist.errors import RunFailed, UserError
 
+END = signal.SIGUSR2  # from the parent to a worker; TERM, which a pool that breaks sends, may come from anybody
+
 
 @dataclass(frozen=True)
 class Task:
@@ -60,7 +62,7 @@ class Workers:
         if self._pool is not None:
             if kind is not None:  # a conversion under way can take minutes, and nobody waits for it
                 for process in multiprocessing.active_children():
-                    process.terminate()
+                    os.kill(process.pid or 0, END)
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, tasks: list[Task]) -> Iterator[Task]:
@@ -129,11 +131,13 @@ _worker_tokenizer: ChatTokenizer
 
 def _start_worker(folder: Path) -> None:
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    # Ctrl-C, and Slurm's USR1 and TERM, reach the whole group: the parent answers them, and ends its workers itself.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use every core
     _worker_tokenizer = ChatTokenizer(folder)
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(END, _leave)
 
 
 def _end_with_parent() -> None:
@@ -145,7 +149,6 @@ def _end_with_parent() -> None:
 
 
 def _leave(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the pool sends another where the first worker is gone
     raise SystemExit
 
 
