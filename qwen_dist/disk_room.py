@@ -1,4 +1,4 @@
-"""How much room a run takes on the disk of its run directory. Standard library only."""
+"""How much room a run takes on disk: checkpoints and export, and on each machine what is offloaded to NVMe."""
 
 from __future__ import annotations
 
@@ -8,38 +8,55 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_dist.config import Run
+from qwen_dist.layout import Layout
+from qwen_dist.memory import memory_of
 from qwen_dist.run_dir import RunDir
 from qwen_dist.shapes import model_shape
 
-# What a checkpoint holds of a trained parameter: bf16 weight, fp32 master weight and both moments of AdamW; in fp32
-# the weight is its own master. Of a frozen one it holds nothing.
-BYTES_PER_TRAINED_PARAMETER = {"bf16": 14, "fp32": 12}
-EXPORT_BYTES_PER_PARAMETER = {"bf16": 2, "fp32": 4}
 SMALL_FILES_BYTES = 50_000_000  # logs, metrics, tokenizer, curves
 
 
 @dataclass(frozen=True)
 class DiskRoom:
-    """Bytes of one checkpoint, of the export, and of all that a run keeps at one time."""
+    """Bytes of one checkpoint, of the export, of all that a run keeps at one time, and of a machine's NVMe disk."""
 
     checkpoint_bytes: int
     export_bytes: int
     total_bytes: int
+    nvme_bytes: int
 
 
-def disk_room(run: Run) -> DiskRoom:
-    """The room of a run: `checkpoint.keep` checkpoints and one that is being written, and the export."""
-    shape, precision = model_shape(run.model.path), run.model.precision
-    is_full = run.method.kind == "full"
-    num_trained = shape.num_parameters if is_full else shape.lora_parameters(run.method.rank, run.method.targets)
-    checkpoint = num_trained * BYTES_PER_TRAINED_PARAMETER[precision]
-    export = shape.num_parameters * EXPORT_BYTES_PER_PARAMETER[precision]
-    return DiskRoom(checkpoint, export, checkpoint * (run.checkpoint.keep + 1) + export + SMALL_FILES_BYTES)
+def disk_room(run: Run, gpus_per_node: int = 1) -> DiskRoom:
+    """The room of a run: `checkpoint.keep` checkpoints and one that is being written, and the export.
+
+    Args:
+        run: the run; where its ZeRO stage is open, that with the larger checkpoints is taken.
+        gpus_per_node: which share an NVMe disk.
+
+    Raises:
+        UserError: the model's config.json cannot be read.
+    """
+    on_nvme = run.zero.nvme_path is not None
+    layout = Layout(
+        method=run.method.kind,
+        precision=run.model.precision,
+        max_tokens=run.data.max_tokens,
+        nodes=run.cluster.nodes,
+        gpus_per_node=gpus_per_node,
+        rank=run.method.rank,
+        targets=run.method.targets,
+        stage=3 if on_nvme else 2 if run.zero.stage == "auto" else run.zero.stage,
+        offload=("all" if on_nvme else "none") if run.zero.offload == "auto" else run.zero.offload,
+        on_nvme=on_nvme,
+    )
+    disk = memory_of(model_shape(run.model.path), layout).disk
+    kept = disk.checkpoint * (run.checkpoint.keep + 1) + disk.export + disk.adapter
+    return DiskRoom(disk.checkpoint, disk.export, kept + SMALL_FILES_BYTES, disk.offloaded)
 
 
 def missing_room(run: Run, run_dir: RunDir) -> int:
     """Bytes that the run still needs: what its directory holds of checkpoints and exports is there already."""
-    held = sum(_size_of(folder) for folder in (run_dir.checkpoints, run_dir.export))
+    held = sum(_size_of(folder) for folder in (run_dir.checkpoints, run_dir.export, run_dir.adapter))
     return max(SMALL_FILES_BYTES, disk_room(run).total_bytes - held)
 
 

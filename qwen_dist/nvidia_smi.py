@@ -114,6 +114,7 @@ def visible(gpus: Sequence[GpuState], environ: Mapping[str, str]) -> list[GpuSta
     if allowed is None:
         return list(gpus)
     names = [name.strip() for name in allowed.split(",") if name.strip()]
+    names = names[: names.index("-1")] if "-1" in names else names  # as CUDA reads it: none from there on
     return [gpu for name in names for gpu in gpus if name == str(gpu.index) or gpu.uuid.startswith(name)]
 
 

@@ -47,8 +47,8 @@ def fail(name: str, found: str, fix: str) -> Check:
 
 def refused(name: str, error: Exception) -> Check:
     """A run does not go on, for a UserError's reason: its sentence ends with the fix."""
-    found, _, fix = str(error).partition("; ")
-    return Check(name, "FAIL", found, fix)
+    found, _, fix = str(error).rpartition("; ")
+    return Check(name, "FAIL", found, fix) if found else Check(name, "FAIL", fix)
 
 
 @dataclass(frozen=True)

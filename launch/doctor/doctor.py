@@ -35,7 +35,9 @@ CHECKS: tuple[Callable[[Subject], Check | None], ...] = (
     run_needs.tokenizer,
     run_needs.output,
     run_needs.disk,
+    run_needs.nvme,
     cluster.slurm,
+    cluster.hosts,
     run_needs.wandb_key,
     run_needs.hub_token,
 )

@@ -18,6 +18,7 @@ from qwen_dist.config import Model
 from qwen_dist.disk_room import DiskRoom, disk_room, missing_room
 from qwen_dist.errors import UserError
 from qwen_dist.hardware import GB
+from qwen_dist.nvidia_smi import visible
 from qwen_dist.run_dir import RunDir
 from qwen_dist.shapes import SUPPORTED_TYPES, is_known_model, is_local, model_shape, read_config, require_weights
 
@@ -130,6 +131,24 @@ def judge_disk(room: DiskRoom, missing_bytes: int, free_bytes: int, keep: int) -
     if free_bytes >= missing_bytes:
         return ok("disk", told)
     return fail("disk", told, "make room, set output_dir to another disk, or checkpoint.keep to fewer.")
+
+
+def nvme(subject: Subject) -> Check | None:
+    """The disk that states are offloaded to, where it is one of this machine."""
+    run = subject.run
+    if run is None or run.zero.nvme_path is None or not subject.computes_here:
+        return None
+    folder, wanted = Path(run.zero.nvme_path), run.cluster.gpus_per_node
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return fail("nvme", f"{folder} is no folder that can be written", "set zero.nvme_path to one on an NVMe disk.")
+    here = [] if subject.gpus.exception() else visible(subject.gpus.result(), subject.environ)
+    try:
+        needed = disk_room(run, max(1, len(here)) if wanted == "auto" else wanted).nvme_bytes
+    except UserError:  # no readable config.json: `model` says so
+        return None
+    free = shutil.disk_usage(folder).free
+    told = f"{_size(free)} free at {folder}; {_size(needed)} are offloaded to it"
+    return ok("nvme", told) if free >= needed else fail("nvme", told, "make room, or set zero.nvme_path elsewhere.")
 
 
 def wandb_key(subject: Subject) -> Check | None:
