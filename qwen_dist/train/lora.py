@@ -41,7 +41,9 @@ def add_adapters(model: PreTrainedModel, method: Method, seed: int) -> PeftModel
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        # peft would make adapters of a bf16 model fp32. ZeRO-2 casts them back, ZeRO-3 would not: every layer's input
+        # would be kept once more in fp32 for them. Their master copy is the optimizer's.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
