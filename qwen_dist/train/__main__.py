@@ -22,13 +22,16 @@ def choose_accelerator(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m qwen_dist.train RUN_DIR")
+    # Plain `deepspeed` puts --local_rank=N before our argument; the environment has it as well.
+    arguments = [word for word in sys.argv[1:] if not word.startswith(("--local_rank=", "--local-rank="))]
+    if len(arguments) != 1:
+        print("usage: python -m qwen_dist.train RUN_DIR", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
     # Before the imports, which take seconds: a stop in them is kept, a launcher that is killed in them is seen.
     end_with_launcher(os.environ)
     stop = StopRequest().listen()
-    choose_accelerator(Path(sys.argv[1]))
+    choose_accelerator(Path(arguments[0]))
     from qwen_dist.train.main import main
     from qwen_dist.train.world import exit_at_once
 
-    exit_at_once(main(sys.argv[1], stop))
+    exit_at_once(main(arguments[0], stop))

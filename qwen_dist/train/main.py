@@ -9,7 +9,7 @@ import time
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -128,6 +128,7 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int]) ->
     run = Run.model_validate(record["config"])
     ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
     environ = dict(os.environ)
+    check_world_size(ds_config, int(rank_environment(environ)["WORLD_SIZE"]), run_dir)
     data = open_or_prepare(run, "train", record["data"]["train"], environ)
     held_out = open_or_prepare(run, "eval", record["data"]["eval"], environ) if record["data"]["eval"] else None
     world = start_world(run.cluster.device)
@@ -168,6 +169,21 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int]) ->
     # DeepSpeed's launcher ends every rank 30 s after the first that leaves with 75: rank 0 may still talk to W&B.
     world.leave()
     return state, plan.num_steps
+
+
+def check_world_size(ds_config: dict[str, Any], world_size: int, run_dir: RunDir) -> None:
+    """Refuse another number of processes than the run directory was written for.
+
+    Raises:
+        UserError: says both numbers.
+    """
+    packs_per_rank = ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"]
+    planned = ds_config["train_batch_size"] // packs_per_rank
+    if planned != world_size:
+        raise UserError(
+            f"{run_dir.path} was written for world size {planned}, and was started with {world_size}; "
+            "start as many processes, or write it again with another cluster.gpus_per_node."
+        )
 
 
 def start_or_resume(engine: Engine, run_dir: RunDir, run: Run, data_fingerprint: str) -> State:

@@ -1,0 +1,120 @@
+"""The trainer under every launcher: our own, which may be killed, and plain ones after `train --dry-run`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qwen_dist.lease import held
+from tests.distributed.runs import finish, qwen_dist, start, step_metrics, wait_for_step, write_run_file
+
+pytestmark = pytest.mark.distributed
+
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29531", "--module"],
+    "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", "29532", "--module"],
+    "plain": [sys.executable, "-m"],
+}
+
+
+def processes(mark: str) -> list[psutil.Process]:
+    """Those with MARK=`mark` in their environment, the launcher's and its ranks'."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("MARK") == mark:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def launch(launcher: str, run_dir: Path) -> subprocess.Popen:
+    """The trainer of a run directory, under a launcher that knows nothing of us."""
+    return subprocess.Popen(
+        [*LAUNCHERS[launcher], "qwen_dist.train", str(run_dir)], env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_of_others(launcher: str, tmp_path: Path) -> None:
+    num_processes = 1 if launcher == "plain" else 2
+    path = write_run_file(tmp_path, "run", length={"max_steps": 2})
+    qwen_dist("train", str(path), f"cluster.gpus_per_node={num_processes}", "--dry-run")
+    run_dir = tmp_path / "runs" / "run"
+    finish(launch(launcher, run_dir))
+    assert [entry["world_size"] for entry in step_metrics(run_dir).values()] == [num_processes] * 2
+    assert not (run_dir / ".lease").exists()
+    assert "is finished" in qwen_dist("train", str(path), f"cluster.gpus_per_node={num_processes}")
+
+
+def test_another_number_of_processes_than_planned(tmp_path: Path) -> None:
+    path = write_run_file(tmp_path, "run")
+    qwen_dist("train", str(path), "--dry-run")
+    output = finish(launch("plain", tmp_path / "runs" / "run"), expected_code=2)
+    assert "was written for world size 2, and was started with 1; start as many processes" in output
+    assert "Traceback" not in output
+
+
+def test_a_launcher_of_others_beside_a_live_run(tmp_path: Path) -> None:
+    """Nothing is written there, and rank 1 does not train alone."""
+    path = write_run_file(tmp_path, "run")
+    qwen_dist("train", str(path), "--dry-run")
+    run_dir = tmp_path / "runs" / "run"
+    with held(run_dir, print, print):
+        before = sorted(run_dir.iterdir())
+        process = launch("deepspeed", run_dir)
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode != 0
+        assert f"error: another run (process {os.getpid()} on " in output
+        assert "Traceback" not in output
+        assert sorted(run_dir.iterdir()) == before
+
+
+@pytest.mark.parametrize("moment", ["at its start", "in a step"])
+def test_a_killed_launcher_leaves_nothing(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 of `qwen-dist train`: its ranks end by themselves, and the same command takes the run over at once."""
+    monkeypatch.setenv("MARK", mark := uuid.uuid4().hex)
+    path, run_dir = write_run_file(tmp_path, "run", length={"max_steps": 400}), tmp_path / "runs" / "run"
+    process = start("train", str(path))
+    if moment == "in a step":
+        wait_for_step(run_dir, 2, process)
+    else:
+        wait_for(lambda: any("qwen_dist.train" in words(found) for found in processes(mark)))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not processes(mark))
+    assert (run_dir / ".lease").exists()
+    again = start("train", str(path))
+    wait_for(lambda: any("qwen_dist.train" in words(found) for found in processes(mark)))
+    again.send_signal(signal.SIGINT)
+    output = finish(again, expected_code=75)
+    assert "waiting" not in output
+    assert "Not done: stopped" in output
+    assert not processes(mark)
+    shutil.rmtree(run_dir)
+
+
+def words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def wait_for(condition, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
