@@ -45,7 +45,7 @@ Exit codes: 0 done, 1 failed, 2 wrong run file,
 )
 @click.option("--dry-run", is_flag=True, help="Write the run directory and print the command, start nothing.")
 @click.option("--debug", is_flag=True, help="A few steps on a few rows in one process that shows everything.")
-@click.option("--layers", metavar="N", type=click.IntRange(min=1), help="Debug a model cut to N layers, random weights.")
+@click.option("--layers", metavar="N", type=click.IntRange(min=1), help="Debug N layers with random weights.")
 @click.option("--replay", is_flag=True, help="Compute a step of RUN_DIR, given in place of RUN.yaml, once more.")
 @click.option("--step", metavar="K", type=click.IntRange(min=1), help="The step to replay.")
 @click.option("--rank", metavar="R", type=click.IntRange(min=0), help="The rank to replay; default: 0.")

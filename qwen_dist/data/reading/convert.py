@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwen_dist.data.reading.arrays import elements
-from qwen_dist.data.reading.blocks import BLOCK_BYTES, blocks
+from qwen_dist.data.reading.blocks import BLOCK_BYTES, blocks, lines
 from qwen_dist.data.reading.delimited import csv_rows
 from qwen_dist.data.reading.rows import Unit
 from qwen_dist.data.reading.sources import DataFile
@@ -18,10 +19,13 @@ from qwen_dist.data.reading.tables import dataset_rows, parquet_rows, row_group_
 _encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 
 
-def to_jsonl(file: DataFile, out: Path) -> Unit:
+def to_jsonl(file: DataFile, out: Path, max_lines: int | None = None) -> Unit:
     """Write the file's rows to `out`, in a few MB of memory whatever its size.
 
     A JSON array's element and a CSV record go on the line on which they begin in the original; blank lines keep pace.
+
+    Args:
+        max_lines: only the first lines, or rows of what has no lines; the rest is not read.
 
     Returns:
         what the lines of `out` count: "line", the original's lines; "row", its rows from 1: those of tables and
@@ -32,14 +36,16 @@ def to_jsonl(file: DataFile, out: Path) -> Unit:
     """
     try:
         if file.kind == "jsonl":
-            _write(out, lambda stream: stream.writelines(blocks(file.path, file.compression)))
+            _write(out, lambda stream: stream.writelines(_blocks_of(file, max_lines)))
             return "line"
         if file.kind in ("parquet", "dataset"):
-            _write(out, lambda stream: stream.writelines(_line(row) for row in table_rows_of(file)))
+            rows = itertools.islice(table_rows_of(file), max_lines)
+            _write(out, lambda stream: stream.writelines(_line(row) for row in rows))
             return "row"
-        if _write_on_their_lines(out, numbered(file)):
+        if _write_on_their_lines(out, itertools.islice(numbered(file), max_lines)):
             return "line"
-        _write(out, lambda stream: stream.writelines(text + b"\n" for _, text in numbered(file)))
+        texts = itertools.islice(numbered(file), max_lines)
+        _write(out, lambda stream: stream.writelines(text + b"\n" for _, text in texts))
         return "row"
     except BaseException:
         out.unlink(missing_ok=True)
@@ -49,6 +55,13 @@ def to_jsonl(file: DataFile, out: Path) -> Unit:
 def _write(out: Path, fill: Callable[[BinaryIO], Any]) -> None:
     with open(out, "wb", buffering=BLOCK_BYTES) as stream:
         fill(stream)
+
+
+def _blocks_of(file: DataFile, max_lines: int | None) -> Iterator[bytes]:
+    """The bytes of a JSONL file, or those of its first lines."""
+    if max_lines is None:
+        return blocks(file.path, file.compression)
+    return (line.rstrip(b"\r\n") + b"\n" for line in itertools.islice(lines(file.path, file.compression), max_lines))
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -1,0 +1,75 @@
+"""Whether a model has room here at all, told before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from qwen_dist.config import Run
+from qwen_dist.errors import EnvironmentNotReady
+from qwen_dist.shapes import ModelShape, shape_of_config
+from qwen_dist.train.model import load_model_config
+
+GB = 1e9
+BYTES_NF4 = 0.52  # a weight in 4 bits with its scales (qwen_dist/train/quantize.py)
+# Of a trained weight: its fp32 gradient, its fp32 copy, and two moments in fp32.
+OPTIMIZER_BYTES = 16
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def least_bytes(run: Run, shape: ModelShape, has_optimizer: bool) -> tuple[float, float]:
+    """(on the device, offloaded) bytes of weights, gradients and optimizer in one process; activations come on top.
+
+    Args:
+        has_optimizer: the step is made; else gradients are only looked at, in the weights' own precision.
+    """
+    width = 2 if run.model.precision == "bf16" else 4
+    weights = shape.num_parameters * width
+    if run.method.kind == "qlora":
+        weights -= shape.linear_parameters * (width - BYTES_NF4)
+    trained, adapter_width = shape.num_parameters, width
+    if run.method.has_adapters:
+        trained, adapter_width = shape.lora_parameters(run.method.rank, run.method.targets), 4
+        weights += trained * adapter_width
+    if not has_optimizer:
+        return weights + trained * adapter_width, 0.0
+    states = trained * OPTIMIZER_BYTES
+    if run.zero.offload == "all":
+        return 0.0, weights + states
+    return (weights, states) if run.zero.offload == "optimizer" else (weights + states, 0.0)
+
+
+def require_room(run: Run, device: torch.device, has_optimizer: bool) -> None:
+    """Refuse a model that cannot fit into the memory that is free.
+
+    Raises:
+        EnvironmentNotReady: it cannot.
+    """
+    shape = shape_of_config(load_model_config(run.model).to_dict())
+    on_device, offloaded = least_bytes(run, shape, has_optimizer)
+    wanted = {"memory of this machine": offloaded}
+    is_cuda = device.type == "cuda"
+    wanted["memory of the GPU" if is_cuda else "memory of this machine"] = on_device + (0.0 if is_cuda else offloaded)
+    free = {"memory of this machine": free_host_bytes()}
+    if is_cuda:
+        free["memory of the GPU"] = float(torch.cuda.mem_get_info(device)[0])
+    for what, needed in wanted.items():
+        if needed > free[what]:
+            fix = "add --layers 2 for a model of two layers, or set model.path to a smaller model's config.json"
+            raise EnvironmentNotReady(
+                f"model.path={run.model.path} needs at least {needed / GB:,.0f} GB in one process, and "
+                f"{free[what] / GB:,.0f} GB of the {what} are free; "
+                f"{fix if has_optimizer else 'replay on a larger machine'}."
+            )
+
+
+def free_host_bytes() -> float:
+    """Free host memory, as far as a container's limit leaves it to us."""
+    free = float(psutil.virtual_memory().available)
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return free if limit == "max" else min(free, float(limit) - float(used))
+    except (OSError, ValueError):
+        return free
