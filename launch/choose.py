@@ -56,7 +56,7 @@ class Option:
     """One layout, what it needs, and why it was not taken: "" for the one that was.
 
     Attributes:
-        time: of a step; None on CPU.
+        time: of a step; None on CPU, where nothing is told of it before a probe has measured.
         needs: what it lacks, as "needs 97 GB of 85"; "" where it fits.
         reason: `needs`, or how much slower it is.
     """
@@ -169,14 +169,18 @@ def evaluated(question: Question, layout: Layout) -> Option:
     if question.measured is not None:
         memory = corrected(memory, question.measured)
     time = None
-    if question.hardware.gpu is not None:
-        accumulation = max(1, question.packs_per_process // layout.packs_per_micro_batch)
-        # With a mask nothing is left out: neither other samples nor what comes after.
-        masked = 2 * layout.packs_per_micro_batch * question.pack_tokens
-        attended = question.sample_tokens if question.is_flash else masked
-        work = Work(accumulation, question.pack_tokens, attended, question.supervised_share)
-        time = step_time(question.shape, layout, question.hardware, work, question.measured)
+    if question.hardware.gpu is not None or question.measured is not None:
+        time = step_time(question.shape, layout, question.hardware, work_of(question, layout), question.measured)
     return Option(layout, memory, time, lack(question, memory))
+
+
+def work_of(question: Question, layout: Layout) -> Work:
+    """What a step of `layout` has to do."""
+    accumulation = max(1, question.packs_per_process // layout.packs_per_micro_batch)
+    # With a mask nothing is left out: neither other samples nor what comes after.
+    masked = 2 * layout.packs_per_micro_batch * question.pack_tokens
+    attended = question.sample_tokens if question.is_flash else masked
+    return Work(accumulation, question.pack_tokens, attended, question.supervised_share)
 
 
 _memory_of = lru_cache(maxsize=4096)(memory_of)  # asked again for alternatives, and once the data is counted

@@ -81,7 +81,9 @@ class StepTime:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilization: FLOP that the model needs, as a share of what the GPUs could compute."""
+        """Model FLOPs utilization: FLOP that the model needs, as a share of what the GPUs could compute; 0 on CPU."""
+        if not self.peak_flops:
+            return 0.0
         return self.flops / self.world_size / self.total_s / self.peak_flops
 
 
@@ -93,12 +95,13 @@ def step_time(
     Args:
         shape: of the model.
         layout: how it lies on the GPUs.
-        hardware: with GPUs; on CPU nothing is told.
+        hardware: with GPUs; on CPU only what was measured tells anything.
         work: of the step.
         measured: rates of a probe, in place of assumed ones.
     """
     gpu = hardware.gpu
-    assert gpu is not None, "the time of a step on CPU is not modelled"
+    if gpu is None:
+        return _cpu_step_time(shape, layout, work, measured)
     tokens = layout.packs_per_micro_batch * work.pack_tokens
     micro_s = _micro_batch_s(shape, layout, gpu, work, measured)
     collectives_s = _collectives_s(shape, layout, hardware)
@@ -106,8 +109,6 @@ def step_time(
     exposed_s = collectives_s - OVERLAP * min(collectives_s, micro_s)
     exposed_transfers_s = transfers_s - OVERLAP * min(transfers_s, micro_s)
     gather_s = _weights_gather_s(shape, layout, hardware)
-    model = step_cost(shape, layout.method, 0.0)
-    flops = model.linear_token + model.head_token * work.supervised_share + model.attention_pair * work.sample_tokens
     all_tokens = tokens * work.accumulation * layout.world_size
     return StepTime(
         compute_s=work.accumulation * micro_s,
@@ -115,10 +116,33 @@ def step_time(
         optimizer_s=_optimizer_s(shape, layout, gpu),
         offload_s=work.accumulation * exposed_transfers_s,
         tokens=all_tokens,
-        flops=flops * all_tokens,
+        flops=token_flops(step_cost(shape, layout.method, 0.0), work) * all_tokens,
         world_size=layout.world_size,
         peak_flops=gpu.bf16_flops,
     )
+
+
+def _cpu_step_time(shape: ModelShape, layout: Layout, work: Work, measured: Measured | None) -> StepTime:
+    """Of CPU processes: what they compute, at the rate of a probe, and the update in host memory."""
+    assert measured is not None, "the time of a step on CPU is not modelled, only measured"
+    tokens = work.accumulation * layout.packs_per_micro_batch * work.pack_tokens
+    cost = step_cost(shape, layout.method, layout.recomputed_layers / shape.num_layers)
+    all_tokens = tokens * layout.world_size
+    return StepTime(
+        compute_s=token_flops(cost, work) * tokens / measured.flops_rate,
+        communication_s=0.0,
+        optimizer_s=ADAM_BYTES * trainable_parameters(shape, layout) / layout.nodes / HOST_ADAM_BYTES_S,
+        offload_s=0.0,
+        tokens=all_tokens,
+        flops=token_flops(step_cost(shape, layout.method, 0.0), work) * all_tokens,
+        world_size=layout.world_size,
+        peak_flops=0.0,
+    )
+
+
+def token_flops(cost: StepCost, work: Work) -> float:
+    """FLOP of an average token."""
+    return cost.linear_token + cost.head_token * work.supervised_share + cost.attention_pair * work.sample_tokens
 
 
 def trainable_parameters(shape: ModelShape, layout: Layout) -> int:
@@ -131,8 +155,7 @@ def _micro_batch_s(shape: ModelShape, layout: Layout, gpu: Gpu, work: Work, meas
     tokens = layout.packs_per_micro_batch * work.pack_tokens
     cost = step_cost(shape, layout.method, layout.recomputed_layers / shape.num_layers)
     if measured is not None:
-        flops = cost.linear_token + cost.head_token * work.supervised_share + cost.attention_pair * work.sample_tokens
-        return flops * tokens / measured.flops_rate
+        return token_flops(cost, work) * tokens / measured.flops_rate
     busy_s = _products_s(shape, layout, gpu, work, cost) * tokens + _traffic_s(shape, layout, gpu, tokens)
     return max(busy_s, _launch_s(shape, layout))
 
