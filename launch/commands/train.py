@@ -51,9 +51,7 @@ Exit codes: 0 done, 1 failed, 2 wrong run file,
 @click.option("--rank", metavar="R", type=click.IntRange(min=0), help="The rank to replay; default: 0.")
 @click.option("--pdb", is_flag=True, help="Debug or replay: open Python's debugger on a failure.")
 @click.option("--json", "as_json", is_flag=True, help="Debug or replay: for a machine to read.")
-def command(
-    run_file: Path, overrides: tuple[str, ...], hostfile: Path | None, dry_run: bool, **looking: Any
-) -> int:
+def command(run_file: Path, overrides: tuple[str, ...], hostfile: Path | None, dry_run: bool, **looking: Any) -> int:
     """Train here: on one GPU, on all GPUs of this machine, on several machines over ssh, or on CPU.
 
     Resumes a run that is already there.
