@@ -68,21 +68,24 @@ def attempt(run_dir: RunDir, rank: int, stop: StopRequest) -> int:
     """Run one attempt and tell how it ended; returns the exit code, which outcome.json has as well."""
     progress = {"attempt": 0, "step": 0}
 
-    def record(code: int, message: str) -> None:
-        if rank == 0:
+    def record(code: int, message: str, is_told: bool) -> None:
+        """Rank 0 writes the outcome; of an error that it does not know, or a stop, the rank that does."""
+        if rank == 0 or not (is_told or code in (EXIT_DONE, EXIT_RUN_FAILED)):
             write_json(run_dir.outcome, {**progress, "exit_code": code, "message": message})
 
     def end_before_first_step() -> NoReturn:
-        record(EXIT_RESUMABLE, "stopped before a step was made")
+        record(EXIT_RESUMABLE, "stopped before a step was made", rank != 0 and told_by_rank_0(run_dir))
         kill_children()
         exit_at_once(EXIT_RESUMABLE)
 
     stop.at_once(end_before_first_step)
+    is_told = False
     try:
         state, num_steps = run_attempt(run_dir, stop, progress)
         finished = state.step == num_steps
         code = EXIT_DONE if finished else EXIT_RESUMABLE
         message = f"finished all {num_steps} steps" if finished else f"stopped and saved at step {state.step}"
+        is_told = code == EXIT_RESUMABLE and rank != 0 and told_by_rank_0(run_dir)
     except UserError as error:
         code, message = error.exit_code, str(error)
         is_told = rank != 0 and told_by_rank_0(run_dir)
@@ -92,17 +95,17 @@ def attempt(run_dir: RunDir, rank: int, stop: StopRequest) -> int:
         get_logger().debug("%s", traceback.format_exc())
         get_logger().error("error: %s (the traceback is in %s)", message.splitlines()[0], run_dir.logs)
     stop.at_once(None)
-    record(code, message)
+    record(code, message, is_told)
     if code not in (EXIT_DONE, EXIT_RESUMABLE):
         time.sleep(WORDS_ARRIVE_S if rank == 0 else 2 * WORDS_ARRIVE_S)
     return code
 
 
 def told_by_rank_0(run_dir: RunDir) -> bool:
-    """Wait until rank 0 has said what is wrong; False: it does not know, so this rank must say it.
+    """Wait until rank 0 has said how it ends; False: it does not know, so this rank must say it.
 
-    Most user errors are met by every rank, and one voice is enough. But the first rank that leaves ends the job, and
-    rank 0 would be killed before it has said a word.
+    Most user errors, and stops, are met by every rank, and one voice is enough. But the first rank that leaves ends
+    the job, and rank 0 would be killed before it has said a word.
     """
     deadline = time.monotonic() + RANK_0_SPEAKS_S
     while time.monotonic() < deadline:
