@@ -7,6 +7,7 @@ corrects later plans that ask the same.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -135,17 +136,25 @@ def _require_device(question: Question) -> None:
         raise EnvironmentNotReady(
             "No GPU was found to measure on; run plan --probe on a machine that has one, as in a job of its own."
         )
-    here = []
-    for name in seen:
-        try:
-            here.append(gpu_named(name).name)
-        except UserError:
-            here.append(name)
+    here = [_known_name(name) for name in seen]
     if gpu.name not in here:
         raise EnvironmentNotReady(
             f"The plan is for {gpu.name}, and this machine has {here[0]}; measure on a machine with {gpu.name}, or "
             f"set cluster.gpu={here[0]}."
         )
+    if question.is_flash and importlib.util.find_spec("flash_attn") is None:
+        raise EnvironmentNotReady(
+            "The plan is for flash attention, and flash-attn is not installed here; measure where it is, or set "
+            "model.attention=sdpa."
+        )
+
+
+def _known_name(name: str) -> str:
+    """Our name of a GPU that nvidia-smi names; of one that we do not know, that one."""
+    try:
+        return gpu_named(name).name
+    except UserError:
+        return name
 
 
 def _run_child(question: Question, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,6 +228,7 @@ def _asked(question: Question, layout: Layout) -> dict[str, Any]:
         "targets": sorted(layout.targets) if run.method.has_adapters else None,
         "precision": layout.precision,
         "attention": run.model.attention,
+        "is_flash": question.is_flash,
         "max_tokens": layout.max_tokens,
         "packs_per_micro_batch": layout.packs_per_micro_batch,
         "recomputed_layers": layout.recomputed_layers,

@@ -118,13 +118,13 @@ def _activation_factor(question: Question, layout: Layout, measurements: Sequenc
 def _base_bytes(question: Question, layout: Layout, offload: str, found: Mapping[str, Any], factor: float) -> int:
     """What the GPU held besides the parts that the model counts.
 
-    CUDA's context and libraries as they were, what was allocated and is not counted, and of blocks that lie unused
-    the measured share, at the size of the plan.
+    CUDA's context and libraries as they were, what was allocated and is not counted, and what the allocator holds
+    unused in the measured proportion, at the size of the plan.
     """
     alone = probe_layout(layout, offload, found["recomputed"])
     shallow = replace(question.shape, num_layers=found["layers"])
     uncounted = found["peak_bytes"] - _counted(shallow, alone, question.supervised_share, question.is_flash, factor)
-    unused = 1 - found["peak_bytes"] / found["reserved_bytes"]
+    unused = found["reserved_bytes"] / found["peak_bytes"] - 1
     planned = _counted(question.shape, layout, 1.0, question.is_flash, factor)
     return int(found["device_bytes"] + max(0, uncounted) + unused * planned)
 
