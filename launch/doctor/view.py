@@ -59,7 +59,9 @@ def _told_width(fallback: int) -> int:
 def _lines(check: Check, name_width: int, width: int) -> list[str]:
     margin = " " * (STATE_WIDTH + name_width + 4)
     first, *more = _wrapped(check.found, margin, width) or [""]
-    state = click.style(f"{check.state:<{STATE_WIDTH}}", fg=COLOURS[check.state], bold=check.state == "FAIL")
+    state = click.style(
+        f"{check.state:<{STATE_WIDTH}}", fg=COLOURS[check.state], bold=True if check.state == "FAIL" else None
+    )
     lines = [f"{state}  {check.name:<{name_width}}  {first.strip()}", *more]
     if check.state != "ok" and check.fix:
         fixes = _wrapped(check.fix, margin + "   ", width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -174,6 +175,7 @@ def _hear(meeting: Meeting, kind: str, place: Place, deadline: float) -> bool:
             _say([f"error: {node}: rank 0 did not answer; leave the node out, or look there for what hangs."])
         is_well = False
     if not is_well:
+        _leave_with_3()
         time.sleep(2 * WORDS_ARRIVE_S)
     return is_well
 
@@ -186,8 +188,14 @@ def _pronounce(meeting: Meeting, kind: str, problems: Sequence[Problem], num_nod
         _say([f"preflight: {counted(len(fatal), 'problem')} on {counted(num_nodes, 'node')}; nothing was trained."])
     _tell(meeting, kind, {"is_well": not fatal, "problems": [str(problem) for problem in problems]})
     if fatal:
+        _leave_with_3()
         time.sleep(WORDS_ARRIVE_S)
     return not fatal
+
+
+def _leave_with_3() -> None:
+    """From here on TERM changes nothing: srun and torchrun send it to the others when the first has left."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_ENVIRONMENT))
 
 
 def _say(lines: Sequence[str]) -> None:
