@@ -68,7 +68,7 @@ def activations_of(shape: ModelShape, layout: Layout, supervised_share: float, i
     trained = max(1, round(supervised_share * tokens))
     one = element * trained * shape.vocab_size
     chunk = LOSS_CHUNK_TENSORS * FP32 * min(trained, LOSS_CHUNK_ROWS) * shape.vocab_size
-    inputs = element * trained * hidden
+    inputs = element * trained * hidden if layout.method == "full" else 0  # for the gradient of the head's weight
     # Backward multiplies the stored gradient into a second tensor of its size; then one of them is left.
     return Activations(kept, backward, max(one + chunk, 2 * one) + inputs, one + inputs)
 
@@ -102,23 +102,26 @@ def _attention_bytes_token(shape: ModelShape, layout: Layout, is_flash: bool) ->
 
 
 def _mlp_bytes_token(shape: ModelShape, layout: Layout) -> int:
-    """Gate, its SiLU, up, and their product. Of a mixture: for each expert that a token visits, and the router."""
+    """Gate, its SiLU, up, and their product, which an adapter or gradient of the last linear layer needs."""
     element, hidden = element_bytes(layout), shape.hidden_size
-    if shape.num_experts:
-        return _experts_bytes_token(shape, layout)
-    size = element * hidden if _keeps_input(layout, ("gate_proj", "up_proj")) else 0
-    kept = 4 if _keeps_input(layout, ("down_proj",)) else 3
-    return size + kept * element * shape.intermediate_size
+    has_input = _keeps_input(layout, ("gate_proj", "up_proj")) and "gate_proj" in shape.layer_linears
+    size = element * hidden if has_input or layout.method == "full" else 0
+    kept = element * (4 if _keeps_input(layout, ("down_proj",)) else 3)
+    if not shape.num_experts:
+        return size + kept * shape.intermediate_size
+    if shape.shared_expert_size:
+        size += kept * shape.shared_expert_size + element * (hidden + 1)  # its output and gate
+    return size + _experts_bytes_token(shape, layout)
 
 
 def _experts_bytes_token(shape: ModelShape, layout: Layout) -> int:
+    """Of each expert that a token visits: gate and up, SiLU, output; where it is trained, its input and the product.
+    Of the router: its softmax, and for each visit a weight and four indices (`grouped_mm`, transformers 5.23)."""
     element, hidden, visited = element_bytes(layout), shape.hidden_size, shape.experts_per_token
-    is_full = layout.method == "full"
-    each = 3 * shape.expert_size + hidden + (hidden + shape.expert_size if is_full else 0)
-    size = element * visited * each + element * hidden + FP32 * 2 * shape.num_experts
-    if shape.shared_expert_size:
-        size += element * (4 * shape.shared_expert_size + 2 * hidden)
-    return size
+    each = 3 * shape.expert_size + hidden
+    if layout.method == "full":
+        each += shape.expert_size + hidden
+    return element * visited * (each + 1) + 4 * 8 * visited + FP32 * shape.num_experts
 
 
 def _keeps_input(layout: Layout, names: tuple[str, ...]) -> bool:

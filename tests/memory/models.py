@@ -1,0 +1,182 @@
+"""Real models and adapters without weights, and what autograd keeps and allocates of them.
+
+On the meta device a tensor has a shape, a type and a storage of so many bytes, and nothing behind it: models of any
+size are built and differentiated in a second. Attention keeps what flash attention keeps on a GPU: queries, keys,
+values, output, and the log-sum-exp of each head in fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qwen_dist.activations import element_bytes
+from qwen_dist.config import Method
+from qwen_dist.layout import Layout
+from qwen_dist.shapes import ModelShape
+from qwen_dist.train.lora import add_adapters
+from qwen_dist.train.loss import summed_cross_entropy
+from qwen_dist.train.model import recompute_layers
+
+
+class _Flash(torch.autograd.Function):
+    """Shapes and memory of flash attention; T tokens, Q and K heads, D of a head."""
+
+    @staticmethod
+    def forward(ctx: Any, q_TQD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+        out_TQD = torch.empty_like(q_TQD)
+        lse_QT = q_TQD.new_empty((q_TQD.shape[1], q_TQD.shape[0]), dtype=torch.float32)
+        ctx.save_for_backward(q_TQD, k_TKD, v_TKD, out_TQD, lse_QT)
+        return out_TQD
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _flash(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **_: Any
+) -> tuple[torch.Tensor, None]:
+    flat = (tensor.transpose(1, 2).reshape(-1, tensor.shape[1], tensor.shape[3]) for tensor in (query, key, value))
+    return _Flash.apply(*flat).unsqueeze(0), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("memory_of_varlen", _flash)
+ALL_MASK_ATTENTION_FUNCTIONS.register("memory_of_varlen", lambda *_, **__: None)
+
+
+def config_of(shape: ModelShape) -> PretrainedConfig:
+    """transformers' config of a shape."""
+    experts = {
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "moe_intermediate_size": shape.expert_size,
+        "shared_expert_intermediate_size": shape.shared_expert_size,
+    }
+    family = "qwen3" if shape.has_qk_norm else "qwen2"
+    return AutoConfig.for_model(
+        family + ("_moe" if shape.num_experts else ""),
+        num_hidden_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        tie_word_embeddings=shape.is_tied,
+        use_cache=False,
+        pad_token_id=None,
+        **(experts if shape.num_experts else {}),
+    )
+
+
+def model_of(shape: ModelShape, layout: Layout) -> torch.nn.Module:
+    """The real model with its real adapters, on the meta device."""
+    dtype = torch.bfloat16 if element_bytes(layout) == 2 else torch.float32
+    with torch.device("meta"):
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(
+            config_of(shape), dtype=dtype, attn_implementation="memory_of_varlen"
+        )
+    model.tie_weights()
+    if layout.method != "full":
+        model = add_adapters(model, Method(kind="lora", rank=layout.rank, targets=layout.targets), 0)
+    recompute_layers(model, layout.recomputed_layers)
+    return model.train()
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Bytes, without parameters and inputs.
+
+    Attributes:
+        kept: distinct storages that autograd keeps after forward and loss.
+        forward_peak, backward_peak: most that was allocated at one time.
+    """
+
+    kept: int
+    forward_peak: int
+    backward_peak: int
+
+
+class _Allocated(TorchDispatchMode):
+    """Bytes of all storages alive: those of each operation's results, until they are freed."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.sizes = {_key(tensor): 0 for tensor in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and _key(tensor) not in self.sizes:
+                storage = tensor.untyped_storage()
+                self.sizes[_key(tensor)] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, _key(tensor))
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+@functools.cache
+def count(shape: ModelShape, layout: Layout, num_trained: int) -> Counted:
+    """What one micro-batch keeps and allocates, by the trainer's own path from ids to the loss and back.
+
+    Gradients are dropped as soon as they are made: DeepSpeed moves them to its buckets.
+    """
+    model = model_of(shape, layout)
+    tokens = layout.tokens_per_micro_batch
+    with torch.device("meta"):
+        ids_1T = torch.zeros(1, tokens, dtype=torch.long)
+        positions_1T, positions_N = torch.arange(tokens)[None], torch.zeros(num_trained, dtype=torch.long)
+        targets_N, weights_N = torch.zeros(num_trained, dtype=torch.long), torch.ones(num_trained)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    inputs = [ids_1T, positions_1T, positions_N, targets_N, weights_N]
+    known = [*model.parameters(), *model.buffers(), *inputs]
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[_key(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    # Packed samples would be searched for in the positions' values, which there are none of; a mask with all four
+    # dimensions is passed on as it is, and our attention looks at none.
+    mask = torch.zeros(1, 1, 1, 1, device="meta")
+    allocated = _Allocated(known)
+    with allocated:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits_1NV = model(
+                input_ids=ids_1T,
+                position_ids=positions_1T,
+                attention_mask=mask,
+                use_cache=False,
+                logits_to_keep=positions_N,
+            ).logits
+            loss = summed_cross_entropy(logits_1NV[0], targets_N, weights_N)
+        kept_bytes = sum(storage.nbytes() for key, storage in kept.items() if allocated.sizes.get(key, 0))
+        del logits_1NV
+        kept.clear()
+        forward_peak, allocated.peak = allocated.peak, 0
+        loss.backward()
+    return Counted(kept_bytes, forward_peak, allocated.peak)
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,85 @@
+"""The model of activations, held to what autograd keeps and allocates of transformers' own layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from qwen_dist.activations import activations_of, layer_bytes
+from qwen_dist.layout import Layout
+from qwen_dist.shapes import KNOWN_SHAPES, ModelShape
+from tests.memory.models import count
+
+# A GPU's share of the work in a few layers at full width; `test_layers_add_up` is why a few are enough.
+LAYERS = 4
+FULL = Layout("full", "bf16", max_tokens=4096, nodes=1, gpus_per_node=1)
+LORA = replace(FULL, method="lora")
+CASES = {
+    "qwen3-14b full": ("qwen3-14b", FULL),
+    "qwen3-14b full, half recomputed": ("qwen3-14b", replace(FULL, recomputed_layers=2)),
+    "qwen3-14b full, all recomputed": ("qwen3-14b", replace(FULL, recomputed_layers=4)),
+    "qwen3-14b full, 32k": ("qwen3-14b", replace(FULL, max_tokens=32768)),
+    "qwen3-14b full, 32k, all recomputed": ("qwen3-14b", replace(FULL, max_tokens=32768, recomputed_layers=4)),
+    "qwen3-14b lora": ("qwen3-14b", LORA),
+    "qwen3-14b lora, half recomputed": ("qwen3-14b", replace(LORA, recomputed_layers=2)),
+    "qwen3-14b lora, 8 packs of 4k, all recomputed": (
+        "qwen3-14b", replace(LORA, packs_per_micro_batch=8, recomputed_layers=4),
+    ),
+    "qwen3-14b lora of attention": ("qwen3-14b", replace(LORA, targets=("q_proj", "v_proj"), rank=8)),
+    "qwen2.5-14b full": ("qwen2.5-14b", FULL),
+    "qwen2.5-14b full, 32k, all recomputed": ("qwen2.5-14b", replace(FULL, max_tokens=32768, recomputed_layers=4)),
+    "qwen2.5-14b lora, 32k": ("qwen2.5-14b", replace(LORA, max_tokens=32768)),
+    "qwen2.5-7b full, three recomputed": ("qwen2.5-7b", replace(FULL, recomputed_layers=3)),
+    "qwen3-0.6b full": ("qwen3-0.6b", FULL),
+    "qwen3-8b full, fp32": ("qwen3-8b", replace(FULL, precision="fp32")),
+}  # fmt: skip
+
+
+def shortened(name: str) -> ModelShape:
+    return replace(KNOWN_SHAPES[name], num_layers=LAYERS)
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0], ids=["a tenth trained", "all trained"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_forward_keeps_and_backward_needs(case: str, share: float) -> None:
+    name, layout = CASES[case]
+    shape, trained = shortened(name), round(share * layout.tokens_per_micro_batch)
+    counted, found = count(shape, layout, trained), activations_of(shape, layout, share)
+    assert found.kept + found.head_logits == pytest.approx(counted.kept, rel=0.02)
+    # The head's own gradient is made beside its logits'.
+    head = 2 * shape.embedding_parameters if layout.method == "full" else 0
+    head *= 2 if layout.precision == "fp32" else 1
+    peak = max(found.backward, found.kept + found.logits, found.kept + found.head_logits + head)
+    assert peak == pytest.approx(max(counted.forward_peak, counted.backward_peak), rel=0.1)
+
+
+@pytest.mark.parametrize("layout", [FULL, LORA, replace(LORA, recomputed_layers=1)], ids=str)
+def test_layers_add_up(layout: Layout) -> None:
+    shape = KNOWN_SHAPES["qwen3-14b"]
+    two, six = (count(replace(shape, num_layers=layers), layout, 64).kept for layers in (2, 6))
+    assert six - two == 4 * layer_bytes(shape, layout)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen1.5-moe-a2.7b"])
+def test_experts(name: str, method: str) -> None:
+    layout = replace(FULL, method=method, max_tokens=2048)
+    shape = replace(shortened(name), num_layers=2)
+    found = activations_of(shape, layout, 0.1)
+    assert found.kept + found.head_logits == pytest.approx(count(shape, layout, 205).kept, rel=0.05)
+
+
+def test_the_reference_numbers_of_qwen3_14b() -> None:
+    """MB a token: 11.3 all kept (7.3 without the fp32 inputs of the norms), 0.41 of it the layers' own inputs."""
+    shape, tokens = KNOWN_SHAPES["qwen3-14b"], FULL.max_tokens
+    assert activations_of(shape, FULL, 0.0).kept / tokens == pytest.approx(11.35e6, rel=0.01)
+    recomputed = activations_of(shape, replace(FULL, recomputed_layers=40), 0.0).kept / tokens
+    assert recomputed == pytest.approx(0.41e6 + 0.03e6, rel=0.02)
+
+
+def test_sdpa_keeps_a_mask_in_each_layer() -> None:
+    shape, layout = KNOWN_SHAPES["qwen3-14b"], replace(FULL, max_tokens=32768)
+    more = activations_of(shape, layout, 1.0, is_flash=False).kept - activations_of(shape, layout, 1.0).kept
+    repeated = 2 * 2 * (shape.query_size - shape.kv_size) * layout.max_tokens
+    assert more == layout.max_tokens**2 + 40 * (2 * layout.max_tokens**2 + repeated)
