@@ -18,6 +18,12 @@ from qwen_dist.run_dir import RunDir
 HARMLESS_SECTIONS = ("checkpoint", "evaluation", "tracking", "cluster")
 # Where things lie may change; what lies there is held by the data's fingerprint.
 HARMLESS_KEYS = ("output_dir", "data.cache")
+# What a run file may leave to the plan, by section.
+PLANNED = {
+    "zero": ("stage", "offload", "hpz"),
+    "batch": ("packs_per_micro_batch",),
+    "model": ("activation_checkpointing",),
+}
 MAX_TOLD = 3  # differing settings that an error names
 
 
@@ -64,6 +70,24 @@ def _saved_world_size(run_dir: RunDir) -> int | None:
         return int(json.loads((run_dir.checkpoints / newest / "state.json").read_text(encoding="utf-8"))["world_size"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def with_recorded_choice(found: Found, run: Run) -> Run:
+    """`run` with what was planned for it where it says "auto": a plan never changes under a run that made steps."""
+    if found.record is None or not found.has_steps:
+        return run
+    try:
+        then = Run.model_validate(found.record["config"])
+    except (ValidationError, KeyError):
+        return run  # `decide` says why this is no run to go on with
+    update: dict[str, Any] = {}
+    for section, names in PLANNED.items():
+        now, before = getattr(run, section), getattr(then, section)
+        chosen = {name: getattr(before, name) for name in names if getattr(now, name) == "auto"}
+        if section == "zero" and chosen.get("offload") == "none":
+            chosen["nvme_path"] = before.nvme_path
+        update[section] = now.model_copy(update=chosen)
+    return run.model_copy(update=update)
 
 
 def decide(found: Found, run: Run, path: Path, world_size: int) -> Literal["new", "resume"]:

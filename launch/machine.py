@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from launch.hosts import num_nodes
@@ -42,12 +44,46 @@ def hardware_of(run: Run, per_node: int) -> Hardware:
     host_bytes = host_bytes or _slurm_memory(cluster.mem) or (machine_memory() if is_here else 0)
     if not host_bytes:
         host_bytes = per_node * ASSUMED_HOST_BYTES_PER_GPU
-        assumed.append(f"{host_bytes // GB:,} GB of memory in a machine; set cluster.host_memory_gb")
+        assumed.append(f"{host_bytes // GB:,} GB of memory in a machine (cluster.host_memory_gb)")
     network = (cluster.network_gb_s or 0.0) * GB
     if nodes > 1 and not network:
-        network = per_node * PORT_BYTES_S if gpu and gpu.has_nvlink else SINGLE_PORT_BYTES_S
-        assumed.append(f"{network / GB:g} GB/s from machine to machine; set cluster.network_gb_s")
+        network = assumed_network(gpu, per_node)
+        assumed.append(f"{network / GB:g} GB/s from machine to machine (cluster.network_gb_s)")
+    if gpu is not None:
+        assumed += _about_flash(run)
     return Hardware(gpu, nodes, per_node, host_bytes, network, tuple(assumed))
+
+
+def assumed_network(gpu: Gpu | None, per_node: int) -> float:
+    """Bytes/s that a machine is taken to send to the others."""
+    return per_node * PORT_BYTES_S if gpu and gpu.has_nvlink else SINGLE_PORT_BYTES_S
+
+
+def computes_flash_attention(run: Run) -> bool:
+    """Whether flash attention will compute, as `qwen_dist/train/attention.py` chooses; else sdpa, with a mask.
+
+    A batch job and machines over ssh run this interpreter; a container has its own, which is taken to have it.
+    """
+    if run.cluster.device == "cpu" or run.model.attention in ("sdpa", "eager"):
+        return False
+    return run.model.attention == "flash_attention_2" or _has_flash() or _is_elsewhere(run)
+
+
+def _about_flash(run: Run) -> list[str]:
+    if run.model.attention != "auto" or _has_flash():
+        return []
+    if _is_elsewhere(run):
+        return ["flash-attn is installed there"]
+    return ["no flash-attn, as here: more memory and time"]
+
+
+def _has_flash() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _is_elsewhere(run: Run) -> bool:
+    """Whether another environment than this one will compute: an image, or a machine that has GPUs."""
+    return run.cluster.container is not None or (run.cluster.kind == "local" and not seen_gpus())
 
 
 def _gpu_of(run: Run, seen: Mapping[str, int], assumed: list[str]) -> Gpu:
@@ -60,7 +96,7 @@ def _gpu_of(run: Run, seen: Mapping[str, int], assumed: list[str]) -> Gpu:
         gpu = _known_or_alike(name, seen[name], assumed)
     else:
         gpu = ASSUMED_GPU
-        assumed.append(f"{gpu.name} GPUs; set cluster.gpu")
+        assumed.append(f"GPUs of type {gpu.name} (cluster.gpu)")
     if cluster.gpu_memory_gb:
         gpu = replace(gpu, memory_bytes=round(cluster.gpu_memory_gb * GB))
     return gpu
@@ -74,12 +110,13 @@ def _known_or_alike(name: str, memory_bytes: int, assumed: list[str]) -> Gpu:
         if "bfloat16" in str(error):
             raise
         gpu = replace(gpu_named("A100-PCIE-40GB"), name=name, memory_bytes=memory_bytes)
-        assumed.append(f"{name} computes as an A100 does; set cluster.gpu to the GPU most like it")
+        assumed.append(f"{name} is as quick as an A100 (cluster.gpu)")
         return gpu
     # A slice of a GPU has less memory than the whole.
     return replace(gpu, memory_bytes=min(gpu.memory_bytes, memory_bytes)) if memory_bytes else gpu
 
 
+@lru_cache(maxsize=1)
 def seen_gpus() -> dict[str, int]:
     """Name -> bytes of memory of this machine's kinds of GPU, as nvidia-smi tells; none where there is none."""
     argv = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from launch.planner import Plan, SourceShare
 from qwen_dist.errors import counted
+
+if TYPE_CHECKING:
+    from launch.planner import Plan, SourceShare
+    from qwen_dist.hardware import Hardware
+    from qwen_dist.layout import Layout
+
+GB = 1_000_000_000
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan as aligned lines; every figure that is estimated is marked ≈."""
-    batch, data = plan.batch, plan.data
-    epochs = len(data.packs_per_epoch)
-    places = f"{plan.nodes} nodes × {plan.processes_per_node}" if plan.nodes > 1 else str(plan.processes_per_node)
+    """The plan as aligned lines; every figure that is told from a part of the rows is marked ≈."""
+    run, batch, data = plan.run, plan.batch, plan.data
 
     def count(value: int, name: str = "") -> str:
         """A figure, with the name of what it counts in the singular."""
@@ -23,21 +28,73 @@ def plan_text(plan: Plan) -> str:
     trained = data.supervised_tokens / data.tokens if data.tokens else 0.0
     return aligned(
         [
-            ("run", plan.name),
-            ("model", short_path(plan.model)),
-            ("method", f"{plan.method}, {plan.precision}, ZeRO-{plan.zero_stage}"),
-            ("processes", f"{places} on {plan.device}"),
-            ("step", f"{packs} × {plan.max_tokens:,} tokens, accumulation {batch.accumulation}"),
+            ("run", run.name),
+            ("model", f"{short_path(run.model.path)}, {billions(plan.shape.num_parameters)} parameters"),
+            ("method", f"{plan.method}, {run.model.precision}"),
+            ("processes", machines_text(plan.hardware)),
+            ("layout", layout_text(plan.chosen.layout, plan.shape.num_layers)),
+            *_memory(plan),
+            ("step", f"{packs} × {run.data.max_tokens:,} tokens, accumulation {batch.accumulation}"),
             ("", f"{count(plan.tokens_per_step)} tokens on average"),
             ("data", f"{count(data.rows, 'row')}, {count(data.samples, 'sample')}"),
             *_mixture(data.shares),
             *(("dropped", f"{count(number)}: {reason}") for reason, number in sorted(data.dropped.items())),
             ("epoch", f"{count(data.packs_per_epoch[0], 'pack')}, {count(plan.steps_per_epoch, 'step')}"),
             ("", f"{count(data.tokens)} tokens, {count(data.supervised_tokens)} trained ({trained:.0%})"),
-            ("length", f"{count(plan.total_steps, 'step')}, {counted(epochs, 'epoch')}"),
+            ("length", f"{count(plan.total_steps, 'step')}, {counted(len(data.packs_per_epoch), 'epoch')}"),
             ("", f"{count(plan.total_tokens)} tokens, {count(plan.total_supervised_tokens)} trained"),
+            *_time(plan),
+            *(("assumed" if number == 0 else "", sentence) for number, sentence in enumerate(plan.assumed)),
         ]
     )
+
+
+def machines_text(hardware: Hardware) -> str:
+    """Processes and what they run on, as `2 nodes × 8 on H100-80GB`."""
+    places = f"{hardware.nodes} nodes × {hardware.gpus_per_node}" if hardware.nodes > 1 else f"{hardware.gpus_per_node}"
+    return f"{places} on {hardware.gpu.name if hardware.gpu else 'CPU'}"
+
+
+def layout_text(layout: Layout, num_layers: int) -> str:
+    """A layout in words, as `ZeRO-3, 12 of 40 layers recomputed, 2 packs at a time`."""
+    words = [layout_name(layout)]
+    if layout.recomputed_layers:
+        words.append(f"{layout.recomputed_layers} of {num_layers} layers recomputed")
+    if layout.packs_per_micro_batch > 1:
+        words.append(f"{layout.packs_per_micro_batch} packs at a time")
+    return ", ".join(words)
+
+
+def layout_name(layout: Layout) -> str:
+    """Stage, hpZ and offload, as `ZeRO-3, offload all`."""
+    words = [f"ZeRO-{layout.stage}"]
+    if layout.hpz:
+        words.append("hpZ")
+    if layout.offload != "none":
+        words.append(f"offload {layout.offload}{' to disk' if layout.on_nvme else ''}")
+    return ", ".join(words)
+
+
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    """The most that a GPU and a machine hold, and what lies on disk; a CPU's figures are those of one process."""
+    memory, hardware = plan.chosen.memory, plan.hardware
+    disk = f"{size(memory.disk.checkpoint)} a checkpoint, {size(memory.disk.export)} the export"
+    if hardware.gpu is None:
+        return [("disk", disk)]
+    used = f"{memory.peak / GB:,.1f} of {size(hardware.gpu.memory_bytes)} a GPU"
+    return [("memory", f"{used}, {size(memory.host)} of a machine"), ("disk", disk)]
+
+
+def _time(plan: Plan) -> list[tuple[str, str]]:
+    """What the model of time tells; nothing on CPU."""
+    time = plan.chosen.time
+    if time is None or plan.hours is None or plan.gpu_hours is None:
+        return []
+    rate = f"{time.total_s:,.3g} s a step, {time.tokens_per_gpu_s:,.0f} tokens/s a GPU, MFU {time.mfu:.0%}"
+    whole = f"about {duration(plan.hours)}"
+    if plan.hardware.world_size > 1:
+        whole += f", {plan.gpu_hours:,.3g} GPU-hours"
+    return [("time", rate), ("", whole)]
 
 
 def _mixture(shares: Sequence[SourceShare]) -> list[tuple[str, str]]:
@@ -50,6 +107,28 @@ def _mixture(shares: Sequence[SourceShare]) -> list[tuple[str, str]]:
         )
         for number, share in enumerate(shares)
     ]
+
+
+def size(num_bytes: float) -> str:
+    """Bytes with three digits, as `84.7 GB`, or in MB below one."""
+    if num_bytes >= GB or num_bytes == 0:
+        return f"{num_bytes / GB:,.1f} GB" if num_bytes < 1000 * GB else f"{num_bytes / GB:,.0f} GB"
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def billions(number: int) -> str:
+    """`14.8 B`, `596 M`, `98,304`."""
+    for unit, sign in ((1e9, " B"), (1e6, " M")):
+        if number >= unit:
+            return f"{number / unit:.3g}{sign}"
+    return f"{number:,}"
+
+
+def duration(hours: float) -> str:
+    """`3 minutes`, `2.5 hours`, `4.2 days`."""
+    if hours < 1:
+        return counted(max(1, round(hours * 60)), "minute")
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
 
 
 def aligned(pairs: Sequence[tuple[str, str]]) -> str:

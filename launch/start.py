@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from launch.attempt import check_data, decide, look
+from launch.attempt import check_data, decide, flat, look, with_recorded_choice
 from launch.data_counts import exact_counts, quick_counts
 from launch.gpus import visible_gpus
 from launch.hosts import (
@@ -18,7 +18,8 @@ from launch.hosts import (
     trainer_environment,
     world_size_of,
 )
-from launch.planner import DataCounts, Plan, make_plan
+from launch.machine import computes_flash_attention, hardware_of
+from launch.planner import DataCounts, Plan, make_plan, question_of, require_choice, resolved
 from launch.prepare_data import prepare_shown
 from launch.record import make_record
 from launch.run_file import Loaded
@@ -31,6 +32,8 @@ from qwen_dist.config import Run
 from qwen_dist.errors import EXIT_DONE, EnvironmentNotReady, UserError
 from qwen_dist.run_dir import RunDir, write_atomically, write_json
 from qwen_dist.shapes import check_config, is_local, read_config, require_weights
+
+PLANNED_SOURCE = "plan"
 
 if TYPE_CHECKING:
     from qwen_dist.data.cache.prepared import Prepared
@@ -93,14 +96,18 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
     Raises:
         UserError: the run cannot be started; says why.
     """
-    run = loaded.run
+    run_dir = RunDir(Path(loaded.run.output_dir) / loaded.run.name)
+    found = look(run_dir)
+    run = with_recorded_choice(found, loaded.run)
     gpus = visible_gpus() if run.cluster.kind == "local" and run.cluster.device != "cpu" else []
     per_node = processes_per_node(run, len(gpus))
     world_size = world_size_of(run, per_node)
-    run_dir = RunDir(Path(run.output_dir) / run.name)
-    found = look(run_dir)
     kind = decide(found, run, run_dir.path, world_size)
-    files: dict[str, Any] = {run_dir.ds_config.name: deepspeed_config(run, world_size)}  # refuses a wrong batch
+    hardware, is_flash = hardware_of(run, per_node), computes_flash_attention(run)
+    # What does not fit, and what DeepSpeed cannot do, is refused before the data is tokenized.
+    choice = require_choice(question_of(run, hardware, is_flash=is_flash))
+    deepspeed_config(resolved(run, choice.chosen.layout), world_size, per_node)
+    files: dict[str, Any] = {}
     elsewhere: list[list[str]] = []
     if run.cluster.kind == "slurm":
         argv, variables = ["sbatch", str(run_dir.sbatch)], {}
@@ -117,10 +124,21 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
     before = found.record if kind == "resume" else None
     if before is not None:
         check_data(before, data.fingerprints, run_dir.path)
-    plan = make_plan(run, per_node, data.numbers)
-    files = {run_dir.run_json.name: make_record(loaded, data.fingerprints, data.counts, before), **files}
+    plan = make_plan(run, hardware, data.numbers, is_flash)
+    record = make_record(_as_planned(loaded, plan), data.fingerprints, data.counts, before)
+    files |= {
+        run_dir.run_json.name: record,
+        run_dir.ds_config.name: deepspeed_config(plan.run, world_size, per_node, plan.shape),
+    }
     is_done = kind == "resume" and _is_finished(run_dir)
     return Start(run_dir, "done" if is_done else kind, plan, files, argv, variables, tuple(elsewhere))
+
+
+def _as_planned(loaded: Loaded, plan: Plan) -> Loaded:
+    """What was loaded with nothing left at "auto"; what the plan decided has the plan as its source."""
+    before, now = flat(loaded.run.model_dump(mode="json")), flat(plan.run.model_dump(mode="json"))
+    decided = {key: PLANNED_SOURCE for key, value in now.items() if before.get(key) != value}
+    return replace(loaded, run=plan.run, sources={**loaded.sources, **decided})
 
 
 @dataclass(frozen=True)

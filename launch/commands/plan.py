@@ -8,38 +8,72 @@ from pathlib import Path
 
 import click
 
+from qwen_dist.errors import UserError
+
 EPILOG = """\b
 Example:
   qwen-dist plan run.yaml
-  qwen-dist plan run.yaml batch.packs_per_step=32 --json
+  qwen-dist plan run.yaml data.max_tokens=8192
+  qwen-dist plan run.yaml --what-if gpus=8,16,32,64
+  qwen-dist plan run.yaml --explain-zero
 """
 
 
 @click.command(epilog=EPILOG)
 @click.argument("run_file", metavar="RUN.yaml", type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--what-if", metavar="gpus=N,N", help="The same run on other numbers of GPUs.")
+@click.option("--explain-zero", is_flag=True, help="Every value of the DeepSpeed config, with its reason.")
 @click.option("--json", "as_json", is_flag=True, help="For a machine to read.")
-def command(run_file: Path, overrides: tuple[str, ...], as_json: bool) -> int:
-    """Processes, batch, data and steps of a run. Figures marked ≈ are estimated from a part of the rows."""
-    from launch.data_counts import quick_counts
-    from launch.gpus import visible_gpus
-    from launch.hosts import processes_per_node, world_size_of
-    from launch.planner import make_plan
-    from launch.run_file import load_run
-    from launch.show import plan_text
-    from qwen_dist.batch_math import plan_batch
+def command(run_file: Path, overrides: tuple[str, ...], what_if: str | None, explain_zero: bool, as_json: bool) -> int:
+    """Layout, memory, time, batch and data of a run, before anything is started.
 
+    Figures marked ≈ are estimated from a part of the rows. Time and memory are computed; see docs/plan.md.
+    """
+    from launch.plan_command import planned
+    from launch.plan_json import plan_json, scaled_json, settings_json
+    from launch.run_file import load_run
+    from launch.scaling import scaled
+    from launch.show import plan_text
+    from launch.show_plan import columns, details_text, explained_text, scaling_text
+    from launch.zero import explained_config
+
+    if what_if is not None and explain_zero:
+        raise UserError("--what-if and --explain-zero exclude each other; choose one.")
+    counts = gpu_counts(what_if) if what_if is not None else []
     loaded = load_run(run_file, overrides)
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}", err=True)
-    run = loaded.run
-    wanted = run.cluster.gpus_per_node  # a plan may be for another machine: a number needs no GPU here
-    per_node = wanted if wanted != "auto" else processes_per_node(run, len(visible_gpus()))
-    plan_batch(run.batch.packs_per_step, world_size_of(run, per_node))  # refuse a wrong batch before reading the data
-    plan = make_plan(run, per_node, quick_counts(run))
-    if as_json:
-        click.echo(json.dumps(plan.as_json(), ensure_ascii=False, indent=2))
+    plan, question = planned(loaded.run)
+    width = columns()
+    if counts:
+        rows = scaled(question, plan.total_tokens, counts)
+        click.echo(_json(scaled_json(rows)) if as_json else scaling_text(plan, rows, width))
+    elif explain_zero:
+        hardware = plan.hardware
+        settings = explained_config(plan.run, hardware.world_size, hardware.gpus_per_node, plan.shape)
+        click.echo(_json(settings_json(settings)) if as_json else explained_text(settings, width))
+    elif as_json:
+        click.echo(_json(plan_json(plan)))
     else:
-        click.echo(plan_text(plan))
-        click.echo(f"\nNext: qwen-dist train {shlex.join([str(run_file), *overrides])}")
+        click.echo(f"{plan_text(plan)}\n\n{details_text(plan, width)}")
+        verb = "submit" if loaded.run.cluster.kind == "slurm" else "train"
+        click.echo(f"\nNext: qwen-dist {verb} {shlex.join([str(run_file), *overrides])}")
     return 0
+
+
+def gpu_counts(text: str) -> list[int]:
+    """The numbers of `gpus=8,16`, in order and each once.
+
+    Raises:
+        UserError: it is something else.
+    """
+    name, _, numbers = text.partition("=")
+    words = [word.strip() for word in numbers.split(",")]
+    if name.strip() != "gpus" or not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        raise UserError(f"--what-if {text!r} is not of the form gpus=8,16,32.")
+    return sorted({int(word) for word in words})
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import pytest
 
 from launch import machine
-from launch.machine import hardware_of, machine_memory
+from launch.machine import computes_flash_attention, hardware_of, machine_memory
 from qwen_dist.config import Cluster, Data, Model, Run, Source
 from qwen_dist.errors import UserError
 from qwen_dist.hardware import GPUS, gpu_named
 
 
-def run_on(**cluster) -> Run:
-    return Run(
-        name="r", model=Model(path="Qwen/Qwen3-14B"), data=Data(train=(Source(path="x"),)), cluster=Cluster(**cluster)
-    )
+def run_on(attention: str = "flash_attention_2", **cluster) -> Run:
+    model = Model(path="Qwen/Qwen3-14B", attention=attention)
+    return Run(name="r", model=model, data=Data(train=(Source(path="x"),)), cluster=Cluster(**cluster))
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
@@ -89,9 +88,9 @@ def test_what_nobody_told_is_assumed_and_said():
     hardware = hardware_of(run_on(kind="slurm", nodes=2, gpus_per_node=8), 8)
     assert hardware.gpu is not None and hardware.gpu.name == "H100-80GB"
     assert hardware.assumed == (
-        "H100-80GB GPUs; set cluster.gpu",
-        "1,024 GB of memory in a machine; set cluster.host_memory_gb",
-        "200 GB/s from machine to machine; set cluster.network_gb_s",
+        "GPUs of type H100-80GB (cluster.gpu)",
+        "1,024 GB of memory in a machine (cluster.host_memory_gb)",
+        "200 GB/s from machine to machine (cluster.network_gb_s)",
     )
 
 
@@ -107,7 +106,26 @@ def test_this_machines_gpus_are_asked_for_their_name_and_memory(monkeypatch):
     monkeypatch.setattr(machine, "seen_gpus", lambda: {"NVIDIA X1": 50 << 30, "NVIDIA H200": 140 << 30})
     hardware = hardware_of(run_on(), 2)
     assert hardware.gpu is not None and (hardware.gpu.name, hardware.gpu.memory_bytes) == ("NVIDIA X1", 50 << 30)
-    assert hardware.assumed == ("NVIDIA X1 computes as an A100 does; set cluster.gpu to the GPU most like it",)
+    assert hardware.assumed == ("NVIDIA X1 is as quick as an A100 (cluster.gpu)",)
+
+
+def test_flash_attention_is_told_where_the_run_computes(monkeypatch):
+    monkeypatch.setattr(machine, "_has_flash", lambda: False)
+    monkeypatch.setattr(machine, "seen_gpus", dict)
+    job = {"kind": "slurm", "gpus_per_node": 8, "gpu": "H100", "host_memory_gb": 1000}
+    assert computes_flash_attention(run_on(**job))  # asked for
+    assert not computes_flash_attention(run_on("auto", **job))  # the job runs this interpreter
+    assert hardware_of(run_on("auto", **job), 8).assumed == ("no flash-attn, as here: more memory and time",)
+    image = {"container": {"kind": "apptainer", "image": "a.sif"}}
+    assert computes_flash_attention(run_on("auto", **job, **image))
+    assert hardware_of(run_on("auto", **job, **image), 8).assumed == ("flash-attn is installed there",)
+    assert computes_flash_attention(run_on("auto"))  # a machine without GPUs plans for another
+    monkeypatch.setattr(machine, "seen_gpus", lambda: {"NVIDIA H200": 0})
+    assert not computes_flash_attention(run_on("auto"))
+    assert not computes_flash_attention(run_on("sdpa", **job))
+    assert not computes_flash_attention(run_on("auto", device="cpu"))
+    monkeypatch.setattr(machine, "_has_flash", lambda: True)
+    assert computes_flash_attention(run_on("auto", **job))
 
 
 def test_on_cpu_there_is_no_gpu():

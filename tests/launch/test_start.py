@@ -19,8 +19,13 @@ def test_a_dry_run_writes_the_run_directory(project, cli):
     run_dir = project / "runs" / "small"
     assert {path.name for path in run_dir.iterdir()} == {"run.json", "ds_config.json", "command.txt"}
     record = json.loads((run_dir / "run.json").read_text())
-    assert Run.model_validate(record["config"]) == load_run("run.yaml", ["optim.lr=3e-4"], {}).run
+    as_planned = [
+        "optim.lr=3e-4", "zero.stage=2", "zero.offload=none", "zero.hpz=false", "batch.packs_per_micro_batch=1",
+        "model.activation_checkpointing=0",
+    ]  # fmt: skip
+    assert Run.model_validate(record["config"]) == load_run("run.yaml", as_planned, {}).run
     assert record["sources"]["optim.lr"] == "command line"
+    assert record["sources"]["zero.stage"] == record["sources"]["model.activation_checkpointing"] == "plan"
     assert record["versions"]["deepspeed"]
     assert (project / "runs" / ".prepared" / record["data"]["train"] / "meta.json").is_file()
     assert record["data"]["eval"] is None

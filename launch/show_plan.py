@@ -1,0 +1,118 @@
+"""What `qwen-dist plan` shows besides the plan itself: memory by part, other layouts, other numbers of GPUs."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from launch.choose import Option
+from launch.planner import Plan
+from launch.scaling import Scaled
+from launch.show import GB, layout_name
+from launch.zero import Setting
+from qwen_dist.memory import Parts
+
+WIDE = 80  # columns from which tables have all their columns
+MOMENTS = ("load", "rest", "loss", "backward", "update", "save")
+HOST_MOMENTS = ("load", "train", "save", "export")
+
+
+def columns() -> int:
+    """The terminal's width, or what COLUMNS says; 80 where there is neither."""
+    return shutil.get_terminal_size((WIDE, 24)).columns
+
+
+def details_text(plan: Plan, width: int) -> str:
+    """Memory of a GPU and of a machine by part and moment, and the layouts that were looked at."""
+    memory, hardware = plan.chosen.memory, plan.hardware
+    if hardware.gpu is None:
+        return layouts_text(plan, width)
+    own = memory_text(f"GB of {hardware.gpu.memory_bytes / GB:.1f} a GPU", memory.gpu, MOMENTS)
+    host = memory_text(f"GB of {hardware.host_memory_bytes / GB:,.0f} a machine", memory.hosts, HOST_MOMENTS)
+    return "\n\n".join([own, host, layouts_text(plan, width)])
+
+
+def memory_text(title: str, moments: Mapping[str, Parts], names: Sequence[str]) -> str:
+    """GB by part, a column each moment; parts that never hold anything are left out."""
+    parts = {name: [getattr(moments[moment], name) for moment in names] for name in vars(moments[names[0]])}
+    rows = [(name, *map(_gb, values)) for name, values in parts.items() if any(values)]
+    total = ("all", *(_gb(moments[moment].total) for moment in names))
+    return table([(title, *names), *rows, total])
+
+
+def layouts_text(plan: Plan, width: int) -> str:
+    """The chosen layout and the others, each with what it needs and why it was not taken."""
+    is_wide, layers = width >= WIDE, plan.shape.num_layers
+
+    def cells(option: Option, remark: str) -> tuple[str, ...]:
+        layout, time = option.layout, option.time
+        seconds = [f"{time.total_s:,.1f}" if time else ""] if plan.hardware.gpu else []
+        more = [f"{layout.recomputed_layers}/{layers}", str(layout.packs_per_micro_batch)] if is_wide else []
+        return layout_name(layout), *more, _gb(option.memory.peak), *seconds, remark
+
+    head = [
+        "layout",
+        *(["recomputed", "packs"] if is_wide else []),
+        "GB",
+        *(["s/step"] if plan.hardware.gpu else []),
+        "",
+    ]
+    rows = [cells(plan.chosen, "chosen"), *(cells(option, option.reason) for option in plan.choice.alternatives)]
+    return table([tuple(head), *rows], is_last_text=True)
+
+
+def scaling_text(plan: Plan, rows: Sequence[Scaled], width: int) -> str:
+    """The same run on other numbers of GPUs, a line each."""
+    is_wide, layers = width >= WIDE, plan.shape.num_layers
+    head = ["GPUs", "packs/step", *(["GB"] if is_wide else []), "s/step", "tokens/s", "hours", "GPU-hours", "layout"]
+    found = [tuple(head)]
+    for row in rows:
+        gpus, time, layout = row.hardware.world_size, row.option.time, row.option.layout
+        packs = f"{row.packs_per_step:,}{'' if row.is_as_asked else '*'}"
+        peak = [_gb(row.option.memory.peak)] if is_wide else []
+        if row.hours is None or time is None:
+            found.append((f"{gpus:,}", packs, *peak, "", "", "", "", row.option.needs or layout_name(layout)))
+            continue
+        rate = f"{time.tokens_per_gpu_s * gpus:,.0f}"
+        name = layout_name(layout) + (
+            f", {layout.recomputed_layers}/{layers} recomputed" if is_wide and layout.recomputed_layers else ""
+        )
+        hours = _hours(row.hours)
+        found.append((f"{gpus:,}", packs, *peak, f"{time.total_s:,.1f}", rate, hours, _hours(row.hours * gpus), name))
+    text = table(found, is_last_text=True)
+    if all(row.is_as_asked for row in rows):
+        return text
+    asked = plan.run.batch.packs_per_step
+    note = f"* more than batch.packs_per_step={asked}, which does not divide over so many GPUs: another optimization."
+    return "\n".join([text, *textwrap.wrap(note, width)])
+
+
+def explained_text(settings: Iterable[Setting], width: int) -> str:
+    """Every DeepSpeed value, its reason below it."""
+    lines: list[str] = []
+    for setting in settings:
+        value = str(setting.value).lower() if isinstance(setting.value, bool) else str(setting.value)
+        lines.append(f"{setting.key} = {value}")
+        lines += textwrap.wrap(setting.reason, max(20, width), initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[tuple[str, ...]], is_last_text: bool = False) -> str:
+    """Rows of equal length as aligned columns: the first is text, the others numbers, the last one maybe text."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(_aligned(row, widths, is_last_text)).rstrip() for row in rows)
+
+
+def _aligned(row: tuple[str, ...], widths: Sequence[int], is_last_text: bool) -> Iterator[str]:
+    for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
+        is_text = column == 0 or (is_last_text and column == len(row) - 1)
+        yield f"{cell:<{width}}" if is_text else f"{cell:>{width}}"
+
+
+def _hours(hours: float) -> str:
+    return "<0.1" if hours < 0.1 else f"{hours:,.1f}" if hours < 100 else f"{hours:,.0f}"
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / GB:,.1f}" if num_bytes else "-"
