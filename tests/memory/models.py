@@ -87,9 +87,10 @@ def model_of(shape: ModelShape, layout: Layout) -> torch.nn.Module:
         model: torch.nn.Module = AutoModelForCausalLM.from_config(
             config_of(shape), dtype=dtype, attn_implementation="memory_of_varlen"
         )
-    model.tie_weights()
-    if layout.method != "full":
-        model = add_adapters(model, Method(kind="lora", rank=layout.rank, targets=layout.targets), 0)
+        model.tie_weights()
+        if layout.method != "full":
+            model = add_adapters(model, Method(kind="lora", rank=layout.rank, targets=layout.targets), 0)
+            model.to(dtype)  # as they are beside real weights; peft leaves those beside meta ones as made, in fp32
     recompute_layers(model, layout.recomputed_layers)
     return model.train()
 
