@@ -65,6 +65,8 @@ def asked_to_look(
     Raises:
         UserError: options that do not go together, or the run cannot be looked at.
     """
+    if debug and replay:
+        raise UserError("--debug and --replay are jobs of their own; ask for one at a time.")
     only_debug = {"--layers": layers is not None}
     only_replay = {"--step": step is not None, "--rank": rank is not None}
     both = {"--pdb": pdb, "--json": as_json}
@@ -77,8 +79,6 @@ def asked_to_look(
             raise UserError(f"{name} has no effect without {needed}; remove it.")
     if not (debug or replay):
         return None
-    if debug and replay:
-        raise UserError("--debug and --replay are jobs of their own; ask for one at a time.")
     if is_elsewhere:
         raise UserError("--debug and --replay run here, in one process; remove --dry-run and --hostfile.")
     if debug:

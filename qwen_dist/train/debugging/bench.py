@@ -88,7 +88,7 @@ def compute(
         number=number,
         inputs=_shapes_of(batch),
         samples=_with_losses(samples, observation),
-        nll_sum=float(nll_sum),
+        nll_sum=float(nll_sum.detach()),
         outputs=observation.outputs,
         first_not_finite=observation.first_not_finite,
         saved_bytes=observation.saved_bytes,

@@ -75,7 +75,7 @@ def replay(run_dir: RunDir, step: int, rank: int, as_json: bool) -> None:
     micro_batches, step_weight = micro_batches_of(recorded, data, held_out)
     device = replay_device(run)
     make_deterministic(run.seed)
-    require_room(run, device, has_optimizer=False)
+    require_room(run, device, False, "replay it on a larger machine")
     weights = choose_weights(run_dir, step)
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
     check_config(load_model_config(run.model).to_dict(), run.model.path, tokenizer.num_ids)

@@ -9,8 +9,7 @@ import torch
 
 from qwen_dist.config import Run
 from qwen_dist.errors import EnvironmentNotReady
-from qwen_dist.shapes import ModelShape, shape_of_config
-from qwen_dist.train.model import load_model_config
+from qwen_dist.shapes import ModelShape, is_known_model, model_shape
 
 GB = 1e9
 BYTES_NF4 = 0.52  # a weight in 4 bits with its scales (qwen_dist/train/quantize.py)
@@ -41,13 +40,19 @@ def least_bytes(run: Run, shape: ModelShape, has_optimizer: bool) -> tuple[float
     return (weights, states) if run.zero.offload == "optimizer" else (weights + states, 0.0)
 
 
-def require_room(run: Run, device: torch.device, has_optimizer: bool) -> None:
-    """Refuse a model that cannot fit into the memory that is free.
+def require_room(run: Run, device: torch.device, has_optimizer: bool, fix: str) -> None:
+    """Refuse a model that cannot fit into the memory that is free; one of unknown size is let through.
+
+    Args:
+        has_optimizer: as of `least_bytes`.
+        fix: what the user can do.
 
     Raises:
         EnvironmentNotReady: it cannot.
     """
-    shape = shape_of_config(load_model_config(run.model).to_dict())
+    if not is_known_model(run.model.path):
+        return
+    shape = model_shape(run.model.path)
     on_device, offloaded = least_bytes(run, shape, has_optimizer)
     wanted = {"memory of this machine": offloaded}
     is_cuda = device.type == "cuda"
@@ -57,12 +62,14 @@ def require_room(run: Run, device: torch.device, has_optimizer: bool) -> None:
         free["memory of the GPU"] = float(torch.cuda.mem_get_info(device)[0])
     for what, needed in wanted.items():
         if needed > free[what]:
-            fix = "add --layers 2 for a model of two layers, or set model.path to a smaller model's config.json"
             raise EnvironmentNotReady(
-                f"model.path={run.model.path} needs at least {needed / GB:,.0f} GB in one process, and "
-                f"{free[what] / GB:,.0f} GB of the {what} are free; "
-                f"{fix if has_optimizer else 'replay on a larger machine'}."
+                f"model.path={run.model.path} needs at least {_gb(needed)} GB in one process, and {_gb(free[what])} GB "
+                f"of the {what} are free; {fix}."
             )
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / GB:,.0f}" if num_bytes >= 10 * GB else f"{num_bytes / GB:.2g}"
 
 
 def free_host_bytes() -> float:

@@ -52,7 +52,9 @@ def debug(run_dir: RunDir, layers: int | None, as_json: bool) -> None:
         run = of_layers(run, layers, run_dir.path)
     world = start_world(run.cluster.device)
     make_deterministic(run.seed)
-    require_room(run, world.device, has_optimizer=True)
+    smaller = "set model.path to a smaller model's config.json"
+    fix = smaller if layers is not None else f"add --layers 2 for a model of two layers, or {smaller}"
+    require_room(run, world.device, True, fix)
     engine = make_engine(run, ds_config, world, tokenizer.num_ids)
     bench = Bench(
         model=engine.ds_engine.module,
