@@ -75,7 +75,7 @@ def tokenizer(subject: Subject) -> Check | None:
             told = f"{found.num_ids:,} ids, and the model's embedding has {num_rows:,} rows"
             return fail("tokenizer", told, "set model.tokenizer to the model's own.")
     always = prompt.rstrip().endswith("<think>")
-    thinking = "thinks when told to" if is_hybrid else "always thinks" if always else "without thinking"
+    thinking = "with optional thinking" if is_hybrid else "that always thinks" if always else "without thinking"
     return ok("tokenizer", f"{found.num_ids:,} ids, chat template {thinking}")
 
 

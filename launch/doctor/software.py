@@ -107,7 +107,7 @@ def compilers(subject: Subject) -> Check | None:
     if may_offload and "cpu_adam" in broken:
         found = f"{version}; no offload: cpu_adam cannot be built: {broken['cpu_adam']}"
         return warn("deepspeed", found, f"{_fix('cpu_adam')} Without offload nothing is compiled.")
-    return ok("deepspeed", f"{version}; no op must be compiled" + (", but for an offload" if may_offload else ""))
+    return ok("deepspeed", f"{version}; nothing to compile" + (", unless it offloads" if may_offload else ""))
 
 
 def attention(subject: Subject) -> Check | None:

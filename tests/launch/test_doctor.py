@@ -268,7 +268,7 @@ def test_torch(project, here, words, state, found):
 
 def test_ops_that_are_compiled(project, monkeypatch):
     offload = load(project, "zero.offload=optimizer")
-    assert software.compilers(subject(load(project, "zero.offload=none"))).found == "0.19.8; no op must be compiled"
+    assert software.compilers(subject(load(project, "zero.offload=none"))).found == "0.19.8; nothing to compile"
     check = software.compilers(subject(offload))
     assert check.state == "ok" and "cpu_adam: compiled at the first start" in check.found
     check = software.compilers(subject(offload, environ={"CXX": "no-such-compiler"}))
@@ -360,7 +360,7 @@ print(run_needs.model(subject(load_run({str(run_file)!r}, (), {{}}).run)))
 
 def test_tokenizers(project):
     check = run_needs.tokenizer(subject(load(project)))
-    assert (check.state, check.found) == ("ok", "2,048 ids, chat template thinks when told to")
+    assert (check.state, check.found) == ("ok", "2,048 ids, chat template with optional thinking")
     (project / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 1000}))
     assert "embedding has 1,000 rows" in run_needs.tokenizer(subject(load(project))).found
     (project / "plain").mkdir()
