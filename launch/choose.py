@@ -198,14 +198,14 @@ def corrected(memory: Memory, measured: Measured) -> Memory:
 
 
 def lack(question: Question, memory: Memory) -> str:
-    """What is missing for `memory`, as "needs 97 GB of 85"; "" where nothing is."""
+    """What is missing for `memory`, as "needs 97 GB of 85" or "host needs 300 GB of 128"; "" where nothing is."""
     hardware = question.hardware
     needed, there = needed_bytes(hardware, memory), hardware.process_memory_bytes
     if needed > there:
         return f"needs {gigabytes(needed, up=True)} GB of {gigabytes(there)}"
     needed, there = memory.host, hardware.host_memory_bytes
     if hardware.gpu is not None and needed > there:
-        return f"needs {gigabytes(needed, up=True)} GB of the machine's {gigabytes(there)}"
+        return f"host needs {gigabytes(needed, up=True)} GB of {gigabytes(there)}"
     return ""
 
 
@@ -239,7 +239,7 @@ def _slower(option: Option, chosen: Option) -> str:
     if option.time is None or chosen.time is None:
         return "not needed"
     ratio = option.time.total_s / chosen.time.total_s
-    return f"takes {ratio:.2f} × the time" if ratio > ALIKE else "no faster" if ratio >= 1 else "hardly faster"
+    return f"{ratio:.2f} × as long" if ratio > ALIKE else "no faster" if ratio >= 1 else "hardly faster"
 
 
 def _rank(option: Option) -> tuple[bool, float, tuple[int, ...]]:

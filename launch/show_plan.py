@@ -6,7 +6,6 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from launch.choose import Option
 from launch.planner import Plan
 from launch.scaling import Scaled
 from launch.show import GB, layout_name
@@ -44,48 +43,47 @@ def memory_text(title: str, moments: Mapping[str, Parts], names: Sequence[str]) 
 def layouts_text(plan: Plan, width: int) -> str:
     """The chosen layout and the others, each with what it needs and why it was not taken."""
     is_wide, layers = width >= WIDE, plan.shape.num_layers
-
-    def cells(option: Option, remark: str) -> tuple[str, ...]:
-        layout, time = option.layout, option.time
-        seconds = [f"{time.total_s:,.1f}" if time else ""] if plan.hardware.gpu else []
-        more = [f"{layout.recomputed_layers}/{layers}", str(layout.packs_per_micro_batch)] if is_wide else []
-        return layout_name(layout), *more, _gb(option.memory.peak), *seconds, remark
-
-    head = [
-        "layout",
-        *(["recomputed", "packs"] if is_wide else []),
-        "GB",
-        *(["s/step"] if plan.hardware.gpu else []),
-        "",
-    ]
-    rows = [cells(plan.chosen, "chosen"), *(cells(option, option.reason) for option in plan.choice.alternatives)]
-    return table([tuple(head), *rows], is_last_text=True)
+    head = ["layout", *(["recomputed", "packs", "GB"] if is_wide else []), *(["s/step"] if plan.hardware.gpu else [])]
+    rows = [(*head, "")]
+    chosen = (plan.chosen, "chosen")
+    for option, remark in (chosen, *((option, option.reason) for option in plan.choice.alternatives)):
+        layout, row = option.layout, [layout_name(option.layout)]
+        if is_wide:
+            recomputed = f"{layout.recomputed_layers}/{layers}"
+            row += [recomputed, str(layout.packs_per_micro_batch), _gb(option.memory.peak)]
+        if plan.hardware.gpu:
+            row.append(f"{option.time.total_s:,.1f}" if option.time else "")
+        rows.append((*row, remark))
+    return table(rows, is_last_text=True)
 
 
 def scaling_text(plan: Plan, rows: Sequence[Scaled], width: int) -> str:
     """The same run on other numbers of GPUs, a line each."""
-    is_wide, layers = width >= WIDE, plan.shape.num_layers
-    head = ["GPUs", "packs/step", *(["GB"] if is_wide else []), "s/step", "tokens/s", "hours", "GPU-hours", "layout"]
-    found = [tuple(head)]
+    wanted = ["GPUs", "packs/step", "s/step", "tokens/s", "hours", "GPU-hours", "layout"]
+    if width < WIDE:
+        wanted = ["GPUs", "packs/step", "s/step", "hours", "layout"]
+    found = [tuple(wanted)]
     for row in rows:
-        gpus, time, layout = row.hardware.world_size, row.option.time, row.option.layout
-        packs = f"{row.packs_per_step:,}{'' if row.is_as_asked else '*'}"
-        peak = [_gb(row.option.memory.peak)] if is_wide else []
-        if row.hours is None or time is None:
-            found.append((f"{gpus:,}", packs, *peak, "", "", "", "", row.option.needs or layout_name(layout)))
-            continue
-        rate = f"{time.tokens_per_gpu_s * gpus:,.0f}"
-        name = layout_name(layout) + (
-            f", {layout.recomputed_layers}/{layers} recomputed" if is_wide and layout.recomputed_layers else ""
-        )
-        hours = _hours(row.hours)
-        found.append((f"{gpus:,}", packs, *peak, f"{time.total_s:,.1f}", rate, hours, _hours(row.hours * gpus), name))
+        cells = _scaled_cells(row)
+        found.append(tuple(cells[name] for name in wanted))
     text = table(found, is_last_text=True)
     if all(row.is_as_asked for row in rows):
         return text
     asked = plan.run.batch.packs_per_step
     note = f"* more than batch.packs_per_step={asked}, which does not divide over so many GPUs: another optimization."
     return "\n".join([text, *textwrap.wrap(note, width)])
+
+
+def _scaled_cells(row: Scaled) -> dict[str, str]:
+    """Column -> cell."""
+    gpus, time = row.hardware.world_size, row.option.time
+    cells = {"GPUs": f"{gpus:,}", "packs/step": f"{row.packs_per_step:,}{'' if row.is_as_asked else '*'}"}
+    cells |= dict.fromkeys(("s/step", "tokens/s", "hours", "GPU-hours"), "")
+    cells["layout"] = row.option.needs or layout_name(row.option.layout)
+    if row.hours is not None and time is not None:
+        cells |= {"s/step": f"{time.total_s:,.1f}", "tokens/s": f"{time.tokens_per_gpu_s * gpus:,.0f}"}
+        cells |= {"hours": _hours(row.hours), "GPU-hours": _hours(row.hours * gpus)}
+    return cells
 
 
 def explained_text(settings: Iterable[Setting], width: int) -> str:

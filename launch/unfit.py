@@ -23,7 +23,8 @@ def refusal(question: Question) -> str:
     what = {"full": "full training", "lora": "LoRA", "qlora": "QLoRA"}[run.method.kind]
     asked = f"{what} of {run.model.path} at data.max_tokens={run.data.max_tokens} does not fit on {where}"
     fixed = _fixed(run)
-    lacks = f"{_with(fixed)}it {nearest.needs}" if fixed else f"it {nearest.needs} at the least"
+    subject = "the" if nearest.needs.startswith("host") else "it"
+    lacks = f"{_with(fixed)}{subject} {nearest.needs}{'' if fixed else ' at the least'}"
     found = list(_remedies(question, nearest))[:MAX_REMEDIES]
     fix = f"what would fit: {', or '.join(found)}" if found else "use a smaller model"
     return f"{asked}: {lacks}; {fix}."
@@ -54,7 +55,7 @@ def _remedies(question: Question, nearest: Option) -> Iterator[str]:
         yield f"{' and '.join(key.partition('=')[0] for key in fixed)} left at auto"
         return
     question = replace(question, run=free)
-    if "machine's" in nearest.needs:
+    if nearest.needs.startswith("host"):
         yield f"machines with {gigabytes(nearest.memory.host, up=True)} GB of memory (cluster.host_memory_gb)"
         if run.zero.nvme_path is None and _fits(replace(question, run=_with_disk(free))):
             yield "zero.nvme_path on a local disk"

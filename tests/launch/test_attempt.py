@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.attempt import Found, decide, differences
-from qwen_dist.config import Checkpoint, Data, Model, Optim, Run, Source
+from launch.attempt import Found, decide, differences, with_recorded_choice
+from qwen_dist.config import Checkpoint, Data, Model, Optim, Run, Source, Zero
 from qwen_dist.errors import UserError
 from tests.launch.conftest import write_run
 
@@ -65,6 +65,38 @@ def test_another_number_of_processes_is_refused():
 def test_another_versions_record_is_refused():
     with pytest.raises(UserError, match="another version"):
         decide(Found({"config": {"name": "r", "gone": 1}}, True), RUN, PATH, 8)
+
+
+def planned(run: Run, **zero) -> Run:
+    settings = {"stage": 2, "offload": "none", "hpz": False, **zero}
+    batch = run.batch.model_copy(update={"packs_per_micro_batch": 2})
+    model = run.model.model_copy(update={"activation_checkpointing": 7})
+    return run.model_copy(update={"zero": Zero(**settings), "batch": batch, "model": model})
+
+
+def test_a_resume_keeps_what_was_planned():
+    """Else a new GPU, or another version's numbers, would change a run under its feet."""
+    kept = with_recorded_choice(found(planned(RUN)), RUN)
+    assert kept == planned(RUN)
+    assert decide(found(planned(RUN)), kept, PATH, 8) == "resume"
+
+
+def test_what_the_file_says_by_now_stands():
+    now = RUN.model_copy(update={"zero": Zero(stage=3)})
+    kept = with_recorded_choice(found(planned(RUN)), now)
+    assert (kept.zero.stage, kept.zero.offload) == (3, "none")
+    with pytest.raises(UserError, match=r"zero\.stage was 2, now 3"):
+        decide(found(planned(RUN)), kept, PATH, 8)
+
+
+def test_a_path_that_was_not_used_is_no_difference():
+    now = RUN.model_copy(update={"zero": Zero(nvme_path="/local")})
+    assert decide(found(planned(RUN)), with_recorded_choice(found(planned(RUN)), now), PATH, 8) == "resume"
+
+
+def test_a_run_that_never_made_a_step_is_planned_anew():
+    assert with_recorded_choice(found(planned(RUN), has_steps=False), RUN) == RUN
+    assert with_recorded_choice(Found(), RUN) == RUN
 
 
 def test_changed_rows_are_refused(project, cli):
