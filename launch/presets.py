@@ -73,7 +73,7 @@ def preset(name: str, size: Size | None = None) -> dict[str, Any]:
     size = size or wanted.size
     nvme = {"nvme_path": size.nvme_path} if wanted.needs_nvme else {}
     run = Run(
-        name="preset",
+        name="run",
         model=Model(path="Qwen/Qwen3-14B", precision=size.precision),
         data=Data(train=(Source(path="rows.jsonl"),)),
         batch=Batch(packs_per_step=size.packs_per_step),

@@ -248,7 +248,8 @@ def _store(facts: _Facts, name: str, what: str) -> list[Setting]:
     ]
     if nvme_path is None:
         return settings
-    settings.append(Setting(f"{section}.nvme_path", nvme_path, "zero.nvme_path."))
+    folder = f"{nvme_path.rstrip('/')}/{facts.run.name}"
+    settings.append(Setting(f"{section}.nvme_path", folder, "This run's own folder in zero.nvme_path."))
     if name == "offload_optimizer":
         reason = "Master weight, gradient and two moments of a sub-group."
         return [*settings, Setting(f"{section}.buffer_count", NVME_OPTIMIZER_BUFFERS, reason)]

@@ -24,6 +24,7 @@ import torch
 from qwen_dist.errors import RunFailed
 from qwen_dist.log import get_logger
 from qwen_dist.run_dir import RunDir, fsync_folder, write_atomically, write_json
+from qwen_dist.train.disk_states import disk_states_in_reach, disk_states_restored
 from qwen_dist.train.engine import Engine
 from qwen_dist.train.world import World
 
@@ -111,13 +112,14 @@ def load_checkpoint(engine: Engine, folder: Path) -> State:
 
     Only ever called on our own run directory: DeepSpeed unpickles these files.
     """
-    loaded, _ = engine.ds_engine.load_checkpoint(
-        str(folder),
-        tag=TAG,
-        load_module_strict=not _saves_trained_only(engine),
-        load_optimizer_states=True,
-        load_lr_scheduler_states=False,
-    )
+    with disk_states_restored(engine.ds_engine, folder / TAG):
+        loaded, _ = engine.ds_engine.load_checkpoint(
+            str(folder),
+            tag=TAG,
+            load_module_strict=not _saves_trained_only(engine),
+            load_optimizer_states=True,
+            load_lr_scheduler_states=False,
+        )
     if loaded is None:
         raise RunFailed(f"DeepSpeed could not load the checkpoint {folder}; see the log for the file it missed.")
     restore_rng(folder, engine.world)
@@ -128,7 +130,7 @@ def _write_share(engine: Engine, partial: Path, state: State) -> str | None:
     """Write this rank's files and sync them to disk; what went wrong, or None."""
     rank = engine.world.rank
     try:
-        with _failures_noted(engine.ds_engine) as failures:
+        with _failures_noted(engine.ds_engine) as failures, disk_states_in_reach(engine.ds_engine):
             engine.ds_engine.save_checkpoint(
                 str(partial), tag=TAG, save_latest=False, exclude_frozen_parameters=_saves_trained_only(engine)
             )

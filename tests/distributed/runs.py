@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -25,6 +26,16 @@ SMALL_QWEN3 = {
     "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "tie_word_embeddings": True, "max_position_embeddings": 4096,
 }  # fmt: skip
+# Wide enough that shares of 1 MiB and more go to a disk (zero.nvme_path); smaller ones never do.
+WIDE_QWEN3 = SMALL_QWEN3 | {"hidden_size": 512, "intermediate_size": 1024}
+
+
+def skip_without_disk_io() -> None:
+    """Skip a test that offloads to a disk where DeepSpeed cannot compile its I/O (about a minute, once)."""
+    code = "from deepspeed.ops.op_builder import AsyncIOBuilder as b; raise SystemExit(not b().is_compatible(False))"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    if subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False).returncode:
+        pytest.skip("DeepSpeed's disk I/O needs libaio's header and a C++ compiler (apt-get install libaio-dev g++)")
 
 
 def write_run_file(folder: Path, name: str, model_config: dict | None = None, **sections: dict) -> Path:

@@ -17,15 +17,13 @@ import pytest
 
 from launch.presets import PRESETS, Size, preset
 from qwen_dist.shapes import shape_of_config
-from tests.distributed.runs import REPO, SMALL_QWEN3
+from tests.distributed.runs import REPO, SMALL_QWEN3, WIDE_QWEN3, skip_without_disk_io
 
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 # As one node of two processes: hpZ keeps its second copy of the weights, over both.
 SMALL = Size(shape_of_config(SMALL_QWEN3), nodes=1, gpus_per_node=2, packs_per_step=8, device="cpu")
 # DeepSpeed (0.19.8) makes hpZ's process group once and for all, so it comes last.
 ON_CPU = sorted((name for name in PRESETS if not PRESETS[name].needs_nvme), key=lambda name: "hpz" in name)
-# Wide enough that shares of 1 MiB and more go to the disk; smaller ones never do.
-WIDE_QWEN3 = SMALL_QWEN3 | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 4096}
 
 
 def losses_of(folder: Path, configs: dict[str, Any], model: dict[str, Any]) -> dict[str, list[float]]:
@@ -55,9 +53,7 @@ def test_it_trains_as_zero2_does(losses: dict[str, list[float]], name: str) -> N
 
 
 def test_weights_and_optimizer_on_a_disk_train_as_in_host_memory(tmp_path: Path) -> None:
-    code = "from deepspeed.ops.op_builder import AsyncIOBuilder as b; raise SystemExit(not b().is_compatible(False))"
-    if subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, check=False).returncode:
-        pytest.skip("DeepSpeed's I/O needs libaio's header and a C++ compiler (apt-get install libaio-dev g++)")
+    skip_without_disk_io()
     size = replace(SMALL, shape=shape_of_config(WIDE_QWEN3), nvme_path=str(tmp_path / "disk"))
     names = ("zero3_offload_all", "zero3_nvme")
     losses = losses_of(tmp_path, {name: preset(name, size) for name in names}, WIDE_QWEN3)

@@ -14,10 +14,12 @@ import torch
 
 from tests.distributed.runs import (
     REPO,
+    WIDE_QWEN3,
     engine_tensors,
     finish,
     qwen_dist,
     rank_processes,
+    skip_without_disk_io,
     start,
     step_metrics,
     wait_for_step,
@@ -35,18 +37,29 @@ WAYS = {
     "lora-zero2": {"method": LORA, "zero": {"stage": 2}},
     "lora-zero3": {"method": LORA, "zero": {"stage": 3}},
     "qlora-zero2": {"method": {**LORA, "kind": "qlora"}, "zero": {"stage": 2}},
+    "full-zero3-offload": {
+        "zero": {"stage": 3, "offload": "all"},
+        "batch": {"packs_per_micro_batch": 2},
+        "model": {"activation_checkpointing": 1},
+    },
+    "full-zero3-disk": {"zero": {"stage": 3, "offload": "all"}},
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_killed_and_started_again_equals_never_stopped(way: str, tmp_path: Path) -> None:
     sections = {**WAYS[way]}
+    model_config = None
+    if way.endswith("disk"):
+        sections["zero"] = {**sections["zero"], "nvme_path": str(tmp_path / "disk")}
+        model_config = WIDE_QWEN3
+        skip_without_disk_io()
     if way.startswith("qlora"):  # random weights cannot be quantized
         sections["model"] = {"path": str(write_weights(tmp_path / "base"))}
-    steady_file = write_run_file(tmp_path, "steady", **sections)
+    steady_file = write_run_file(tmp_path, "steady", model_config, **sections)
     qwen_dist("train", str(steady_file))
 
-    killed_file = write_run_file(tmp_path, "killed", **sections)
+    killed_file = write_run_file(tmp_path, "killed", model_config, **sections)
     killed = tmp_path / "runs" / "killed"
     first = start("train", str(killed_file))
     wait_for_step(killed, 5, first)
