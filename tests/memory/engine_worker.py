@@ -1,0 +1,111 @@
+"""Trains a small model with one engine after another and weighs what each rank holds; rank r writes rank_r.json.
+
+    deepspeed --no_local_rank --num_gpus 2 tests/memory/engine_worker.py RUNS.json OUT_FOLDER
+
+RUNS.json: name -> the run's config. A weight is the sum of all distinct storages, in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+from launch.zero import deepspeed_config
+from qwen_dist.config import Run
+from qwen_dist.train.lora import add_adapters
+from qwen_dist.train.model import build_model
+from qwen_dist.train.optim import make_optimizer
+from qwen_dist.train.world import start_world
+
+
+def weight(tensors: Iterable[Any]) -> int:
+    """Bytes of the storages behind `tensors`, each once."""
+    storages = {}
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and tensor.numel() > 1:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def weigh(run: Run, folder: Path) -> dict[str, int]:
+    """What an engine of `run` holds on this rank in its third step: weights, gradients, masters, moments, gathered
+    elements at most; and the bytes of its checkpoint's files."""
+    ds_config = deepspeed_config(run, torch.distributed.get_world_size())
+    model: torch.nn.Module = build_model(run, ds_config)
+    if run.method.has_adapters:
+        model = add_adapters(model, run.method, run.seed)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, run.optim), config=ds_config)
+    engine.train()
+    gathered = watch_gathered(list(engine.module.parameters())) if run.zero_stage == 3 else [0]
+    for _ in range(3):  # ZeRO-3 records the first step's order, and reads ahead by it from the second
+        ids_1T = torch.arange(48)[None]
+        loss = engine(input_ids=ids_1T, position_ids=ids_1T, use_cache=False).logits.float().sum() * 1e-3
+        engine.backward(loss, scale_wrt_gas=False)
+        found = gradients_of(engine.optimizer, run.zero_stage)
+        engine.step()
+    found |= states_of(engine, run.zero_stage) | {"gathered": max(gathered)}
+    engine.save_checkpoint(
+        str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=run.method.has_adapters
+    )
+    torch.distributed.barrier()
+    found["checkpoint"] = sum(path.stat().st_size for path in (folder / "engine").iterdir())
+    engine.destroy()
+    return found
+
+
+def gradients_of(optimizer: Any, stage: int) -> dict[str, int]:
+    """fp32 gradients before the update: in backward's shards, and where offloaded in the optimizer's own."""
+    if stage == 2:
+        shards = [group.flat_partition for group in optimizer.averaged_gradients.values() if group is not None]
+        masters = optimizer.single_partition_of_fp32_groups
+    else:
+        shards, masters = [optimizer.grad_partitions_flat_buffer], optimizer.fp32_partitioned_groups_flat
+    return {"gradients": weight(shards), "host_gradients": weight(master.grad for master in masters)}
+
+
+def states_of(engine: Any, stage: int) -> dict[str, int]:
+    """Weights, masters and moments between steps."""
+    optimizer, parameters = engine.optimizer, list(engine.module.parameters())
+    moments = weight(tensor for state in optimizer.optimizer.state.values() for tensor in state.values())
+    if stage == 2:
+        masters = optimizer.single_partition_of_fp32_groups
+        return {"weights": weight(p.data for p in parameters), "masters": weight(masters), "moments": moments}
+    shards = weight(parameter.ds_tensor for parameter in parameters)
+    whole = weight(parameter.data for parameter in parameters if parameter.ds_persist)
+    masters = optimizer.fp32_partitioned_groups_flat
+    return {"weights": shards + whole, "masters": weight(masters), "moments": moments}
+
+
+def watch_gathered(parameters: list[Any]) -> list[int]:
+    """A list that gets, at each module's start, the elements that are whole besides those that always are."""
+    seen = [0]
+    fetch = PartitionedParameterCoordinator.fetch_sub_module
+
+    def watched(coordinator: Any, *arguments: Any, **named: Any) -> None:
+        fetch(coordinator, *arguments, **named)
+        there = [p for p in parameters if not p.ds_persist and p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+        seen.append(sum(parameter.ds_numel for parameter in there))
+
+    PartitionedParameterCoordinator.fetch_sub_module = watched
+    return seen
+
+
+if __name__ == "__main__":
+    runs_file, out = map(Path, sys.argv[1:])
+    world = start_world("cpu")
+    found = {}
+    for name, config in json.loads(runs_file.read_text()).items():
+        found[name] = weigh(Run.model_validate(config), out / name)
+    (out / f"rank_{world.rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # a gloo group's native threads abort one teardown in ten (torch 2.13 with deepspeed 0.19.8)

@@ -1,0 +1,113 @@
+"""The model of memory, held to what real DeepSpeed engines hold: two processes on the CPU, a small model."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_dist.layout import Layout
+from qwen_dist.memory import memory_of
+from qwen_dist.shapes import shape_of_config
+from qwen_dist.states import States, pinned, states_of
+
+REPO = Path(__file__).resolve().parents[2]
+# Odd sizes, so that padding counts; twelve layers, so that gathering two is not gathering all.
+CONFIG = {
+    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 1901, "hidden_size": 96,
+    "intermediate_size": 251, "num_hidden_layers": 12, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 24, "tie_word_embeddings": False,
+}  # fmt: skip
+RANK = 13
+CASES = {
+    "ZeRO-2, full": (2, "none", "full", 0),
+    "ZeRO-2, full, optimizer offloaded": (2, "optimizer", "full", 0),
+    "ZeRO-2, lora": (2, "none", "lora", 0),
+    "ZeRO-3, full": (3, "none", "full", 0),
+    "ZeRO-3, full, all recomputed": (3, "none", "full", 12),
+    "ZeRO-3, full, optimizer offloaded": (3, "optimizer", "full", 0),
+    "ZeRO-3, lora": (3, "none", "lora", 0),
+}
+
+
+@pytest.fixture(scope="module")
+def weighed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, int]]]:
+    """For each rank: case -> what its engine holds."""
+    folder = tmp_path_factory.mktemp("engines")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "runs.json").write_text(json.dumps({name: run_of(folder, *case) for name, case in CASES.items()}))
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2"]
+    done = subprocess.run(
+        [*runner, "--master_port", str(port), "tests/memory/engine_worker.py", str(folder / "runs.json"), str(folder)],
+        cwd=REPO, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def run_of(folder: Path, stage: int, offload: str, method: str, recomputed: int) -> dict[str, Any]:
+    adapters = {} if method == "full" else {"rank": RANK}
+    return {
+        "name": "weighed",
+        "model": {"path": str(folder / "config.json"), "activation_checkpointing": recomputed},
+        "method": {"kind": method, **adapters},
+        "data": {"train": [{"path": "unused.jsonl"}]},
+        "batch": {"packs_per_step": 2, "packs_per_micro_batch": 1},
+        "zero": {"stage": stage, "offload": offload, "hpz": False},
+        "cluster": {"device": "cpu", "gpus_per_node": 2},
+    }
+
+
+def layout_of(stage: int, offload: str, method: str, recomputed: int) -> Layout:
+    return Layout(
+        method, "bf16", 48, nodes=1, gpus_per_node=2, rank=RANK, stage=stage, offload=offload,
+        recomputed_layers=recomputed,
+    )  # fmt: skip
+
+
+def modelled(case: str) -> States:
+    return states_of(shape_of_config(CONFIG), layout_of(*CASES[case]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rank_holds_what_was_counted(case: str, weighed: list[dict[str, dict[str, int]]]) -> None:
+    stage, offload, *_ = CASES[case]
+    states = modelled(case)
+    for found in (rank[case] for rank in weighed):
+        assert found["weights"] == states.weights
+        assert found["masters"] == 4 * states.shard_elements
+        assert found["moments"] == 8 * states.shard_elements
+        assert found["gradients"] == 4 * states.shard_elements
+        if offload == "none":
+            assert states.optimizer == found["masters"] + found["moments"]
+            assert states.gradients == found["gradients"]
+        else:
+            assert states.optimizer == 0
+            host = pinned(found["host_gradients"]) + (pinned(found["gradients"]) if stage == 3 else 0)
+            assert states.host_gradients == pytest.approx(host, rel=0.01)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("ZeRO-3")])
+def test_what_is_gathered_is_bounded(case: str, weighed: list[dict[str, dict[str, int]]]) -> None:
+    shape, states = shape_of_config(CONFIG), modelled(case)
+    bound = (states.live_weights - states.weights) // 2
+    assert bound < 0.6 * shape.num_parameters
+    for found in (rank[case] for rank in weighed):
+        assert 0.8 * bound <= found["gathered"] <= bound
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_has_the_size_told(case: str, weighed: list[dict[str, dict[str, int]]]) -> None:
+    """Beside the tensors there are some hundred bytes for each: up to 180 kB a rank of this model."""
+    told = memory_of(shape_of_config(CONFIG), layout_of(*CASES[case])).disk.checkpoint
+    assert told <= weighed[0][case]["checkpoint"] <= told + 2 * 200_000
