@@ -77,20 +77,26 @@ def start_estimate(text: str, environ: Mapping[str, str], after: str | None = No
     return words_of(done.stderr)
 
 
-def refuse_invalid(text: str, environ: Mapping[str, str]) -> None:
+def refuse_invalid(text: str, environ: Mapping[str, str]) -> str | None:
     """Refuse a batch script that Slurm could never take, before anything is prepared for it.
 
     `sbatch --test-only` refuses also what a queue takes, as a job for nodes that are down now: that is left to
-    `submit`.
+    `submit`, and is told here.
+
+    Returns:
+        Slurm's words, where it could not start the job as things are now.
 
     Raises:
         UserError: Slurm calls something in it invalid.
         EnvironmentNotReady: there is no sbatch, or Slurm does not answer.
     """
     done = _call(["sbatch", "--test-only"], environ, text)
+    if done.returncode == 0:
+        return None
     words = words_of(done.stderr)
-    if done.returncode != 0 and (INVALID.search(words) or NO_ANSWER.search(words)):
+    if INVALID.search(words) or NO_ANSWER.search(words):
         raise refusal(words)
+    return words
 
 
 def live_jobs(environ: Mapping[str, str]) -> list[LiveJob]:

@@ -104,7 +104,8 @@ def _submit(runs: list[Loaded], dry_run: bool, after: str | None) -> int:
         jobs = slurm.live_jobs(os.environ)
         for loaded, (text, environ) in zip(runs, scripts, strict=True):
             submission.refuse_live(RunDir(Path(loaded.run.output_dir) / loaded.run.name), jobs, after)
-            slurm.refuse_invalid(text, environ)
+            if words := slurm.refuse_invalid(text, environ):
+                click.echo(f"warning: Slurm could not start {loaded.run.name} as things are now: {words}.", err=True)
     starts = [make_start(loaded) for loaded in runs]
     click.echo(plan_text(starts[0].plan))
     for start, (_, environ) in zip(starts, scripts, strict=True):
