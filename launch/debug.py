@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from launch.choose import choose
 from launch.gpus import visible_gpus
 from launch.hosts import inherited_environment, processes_per_node, trainer_environment
+from launch.machine import computes_flash_attention, hardware_of
+from launch.planner import question_of, resolved
 from launch.run_file import COMMAND_LINE, Loaded, load_run
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run, Tracking
 from qwen_dist.errors import EXIT_RUN_FAILED, UserError
 from qwen_dist.processes import LAUNCHER_VARIABLE, name_of_this_process
 from qwen_dist.run_dir import RunDir, write_json
+from qwen_dist.shapes import model_shape
 
 MODULE = "qwen_dist.train.debugging"
 # A debugged run: enough steps to see the loss fall, two micro-batches so that they are summed, few rows to read.
@@ -110,6 +114,7 @@ def debug_run(loaded: Loaded, layers: int | None, options: Options) -> int:
     """
     run = debugged(loaded.run, loaded.sources)
     processes_per_node(run, 0 if run.cluster.device == "cpu" else len(visible_gpus()))  # refuses where no GPU is
+    run = planned_here(run)
     ds_config = deepspeed_config(run, 1)
     with tempfile.TemporaryDirectory(prefix="qwen-dist-debug-") as folder:
         run_dir = RunDir(Path(folder))
@@ -164,6 +169,27 @@ def debugged(run: Run, sources: Mapping[str, str]) -> Run:
             "zero": run.zero.model_copy(update={"hpz": False}),
             "cluster": run.cluster.model_copy(update=here),
             "tracking": Tracking(),
+        }
+    )
+
+
+def planned_here(run: Run) -> Run:
+    """The run with nothing left at "auto", as is best for one process on this machine.
+
+    Where no layout fits, nothing is offloaded: the trainer's side tells how much is lacking, and may cut layers.
+    """
+    choice = choose(question_of(run, hardware_of(run, 1), is_flash=computes_flash_attention(run)))
+    if choice is not None:
+        return resolved(run, choice.chosen.layout)
+    stage, offload = (2 if run.zero.stage == "auto" else run.zero.stage), run.zero.offload
+    zero = {"stage": stage, "offload": "none" if offload == "auto" else offload}
+    batch = {"packs_per_micro_batch": run.packs_per_micro_batch}
+    model = {"activation_checkpointing": run.num_recomputed(model_shape(run.model.path).num_layers)}
+    return run.model_copy(
+        update={
+            "zero": run.zero.model_copy(update=zero),
+            "batch": run.batch.model_copy(update=batch),
+            "model": run.model.model_copy(update=model),
         }
     )
 

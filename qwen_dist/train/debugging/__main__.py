@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
 
     start_logging(0)
     logging.getLogger("qwen_dist").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that only inference uses (0.50)
     logging.getLogger("py.warnings").handlers[:] = [_anomalies()]
     try:
         _run(options)

@@ -109,7 +109,11 @@ class TextView:
             [_layer_row(layer) for layer in report.layers],
         )
         devices = sorted({device for by_device in report.memory.values() for device in by_device})
-        memory = [[part, *(_bytes(on.get(device, 0)) for device in devices)] for part, on in report.memory.items()]
+        memory = [
+            [part, *(_bytes(on.get(device, 0)) for device in devices)]
+            for part, on in report.memory.items()
+            if any(on.values())
+        ]
         kept = [_bytes(report.saved_bytes), *("" for _ in devices[1:])]
         self._table(["memory", *(f"on {device}" for device in devices)], [*memory, ["kept for backward", *kept]])
         peak = "" if report.peak_bytes is None else f", at most {_bytes(report.peak_bytes)} allocated on the GPU"
