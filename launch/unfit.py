@@ -43,7 +43,7 @@ def _fixed(run: Run) -> list[str]:
 
 
 def _with(fixed: list[str]) -> str:
-    return f"with {' and '.join(fixed)} "
+    return f"with {' and '.join(fixed)} " if fixed else ""
 
 
 def _remedies(question: Question, nearest: Option) -> Iterator[str]:

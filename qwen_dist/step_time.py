@@ -17,7 +17,7 @@ from qwen_dist.throughput import StepCost, step_cost
 # backward together, 300 to 400 (FlashAttention-2, Dao 2023: half of the peak on A100, a third on H100).
 MATMUL_SHARE, ATTENTION_SHARE = 0.62, 0.35
 MEMORY_SHARE = 0.8  # of a GPU's memory bandwidth, reached by kernels that only read and write
-LINK_SHARE = 0.75  # of a link's rate, reached by NCCL in collectives of a hundred megabytes
+LINK_SHARE = 0.75  # of a link's rate, reached by NCCL in collectives of a hundred megabytes, and by copies over PCIe
 OVERLAP = 0.8  # of a collective that runs beside the computation, where there is enough of it
 # bf16 and fp32 bytes that a layer's norms, rotations and activations read and write in forward, by width.
 HIDDEN_BYTES, HEADS_BYTES, MLP_BYTES = 40, 24, 12
@@ -242,11 +242,12 @@ def _transfers_s(shape: ModelShape, layout: Layout, gpu: Gpu) -> float:
     """Seconds of a micro-batch's transfers to and from the host: fp32 gradients out; weights in, twice."""
     if layout.offload == "none":
         return 0.0
-    gradients = 4 * trainable_parameters(shape, layout) / layout.world_size / gpu.host_bytes_s
+    host_bytes_s = LINK_SHARE * gpu.host_bytes_s
+    gradients = 4 * trainable_parameters(shape, layout) / layout.world_size / host_bytes_s
     if layout.offload == "optimizer":
         return gradients
     weights = 2 * _weight_bytes(shape, layout)
-    in_s = weights / layout.world_size / gpu.host_bytes_s
+    in_s = weights / layout.world_size / host_bytes_s
     from_disk_s = weights / layout.nodes / NVME_BYTES_S if layout.on_nvme else 0.0
     return gradients + max(in_s, from_disk_s)
 
@@ -257,7 +258,7 @@ def _optimizer_s(shape: ModelShape, layout: Layout, gpu: Gpu) -> float:
     if layout.offload == "none":
         return ADAM_BYTES * trained / layout.world_size / (MEMORY_SHARE * gpu.memory_bytes_s)
     seconds = ADAM_BYTES * trained / layout.nodes / HOST_ADAM_BYTES_S
-    seconds += 2 * trained / layout.world_size / gpu.host_bytes_s
+    seconds += 2 * trained / layout.world_size / (LINK_SHARE * gpu.host_bytes_s)
     if layout.on_nvme:
         seconds += 2 * 12 * trained / layout.nodes / NVME_BYTES_S
     return seconds
