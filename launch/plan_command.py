@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from launch.choose import Question
+from dataclasses import replace
+
+from launch.choose import Question, choose
+from launch.corrected import Ask, corrected_plan
 from launch.data_counts import quick_counts
 from launch.gpus import visible_gpus
 from launch.hosts import processes_per_node, world_size_of
 from launch.machine import computes_flash_attention, hardware_of
-from launch.planner import Plan, make_plan, question_of, require_choice
+from launch.planner import Plan, question_of, require_choice
+from launch.probe import kept_probe
 from qwen_dist.batch_math import plan_batch
 from qwen_dist.config import Run
+from qwen_dist.errors import UserError
 
 
-def planned(run: Run) -> tuple[Plan, Question]:
+def planned(run: Run, ask: Ask = kept_probe) -> tuple[Plan, Question]:
     """The plan of `run`, and what was asked for it.
+
+    Args:
+        run: the run.
+        ask: what was measured of its layout.
 
     Raises:
         UserError: it cannot be trained, or fits nowhere; what needs no data is refused first.
@@ -25,4 +34,16 @@ def planned(run: Run) -> tuple[Plan, Question]:
     hardware, is_flash = hardware_of(run, per_node), computes_flash_attention(run)
     require_choice(question_of(run, hardware, is_flash=is_flash))
     counts = quick_counts(run)
-    return make_plan(run, hardware, counts, is_flash), question_of(run, hardware, counts, is_flash)
+    plan = corrected_plan(run, hardware, counts, is_flash, ask)
+    measured = plan.correction.probed.measured if plan.correction else None
+    return plan, question_of(run, hardware, counts, is_flash, measured)
+
+
+def likely_stage(run: Run, world_size: int) -> int:
+    """The ZeRO stage that a plan would choose on so many processes; where none can be made, `run.zero_stage`."""
+    try:
+        hardware = replace(hardware_of(run, world_size), nodes=1)
+        choice = choose(question_of(run, hardware, is_flash=computes_flash_attention(run)))
+    except UserError:
+        return run.zero_stage
+    return choice.chosen.layout.stage if choice else run.zero_stage

@@ -36,6 +36,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "total_steps": plan.total_steps,
         "total_tokens": plan.total_tokens,
         "total_supervised_tokens": plan.total_supervised_tokens,
+        "correction": asdict(plan.correction) if plan.correction else None,
         "hours": plan.hours,
         "gpu_hours": plan.gpu_hours,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.choose import Choice, Option, Question, choose
 from launch.unfit import refusal
@@ -13,6 +13,9 @@ from qwen_dist.errors import UserError
 from qwen_dist.hardware import Hardware, Measured
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape, is_known_model, model_shape
+
+if TYPE_CHECKING:
+    from launch.probe import Correction
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Plan:
         run: with nothing left at "auto".
         choice: the layout, and those that were not taken.
         assumed: what nobody told and is taken for granted.
+        correction: by what a probe measured; None: all is modelled.
     """
 
     run: Run
@@ -71,6 +75,7 @@ class Plan:
     total_tokens: int
     total_supervised_tokens: int
     assumed: tuple[str, ...]
+    correction: Correction | None = None
 
     @property
     def chosen(self) -> Option:

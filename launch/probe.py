@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib import metadata
@@ -58,6 +58,19 @@ class Probed:
     layers: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Correction:
+    """What a plan's numbers are corrected by.
+
+    Attributes:
+        probed: what was measured.
+        modelled_flops_rate: FLOP/s that the model of time tells in its place; None on CPU, where it tells nothing.
+    """
+
+    probed: Probed
+    modelled_flops_rate: float | None
+
+
 def kept_probe(question: Question, layout: Layout) -> Probed | None:
     """What an earlier probe measured for `layout`, if it still holds; None: nothing was measured."""
     folder = _folder(question.run)
@@ -71,8 +84,13 @@ def kept_probe(question: Question, layout: Layout) -> Probed | None:
         return None
 
 
-def run_probe(question: Question, layout: Layout) -> Probed:
+def run_probe(question: Question, layout: Layout, say: Callable[[str], None] = lambda text: None) -> Probed:
     """Measure `layout` on this machine, and keep the result in `<output_dir>/.probe/`.
+
+    Args:
+        question: what is to be trained.
+        layout: how.
+        say: told what is measured, before.
 
     Raises:
         EnvironmentNotReady: there is no such GPU here.
@@ -81,6 +99,8 @@ def run_probe(question: Question, layout: Layout) -> Probed:
     """
     _require_device(question)
     offload, depths = depths_that_fit(question, layout)
+    layers = " and ".join(str(depth) for depth, _ in depths)
+    say(f"Measuring a few steps with {layers} of {question.shape.num_layers} layers on this machine")
     result = _run_child(question, make_spec(question, layout, offload, depths))
     probed = Probed(
         measured=measured_of(question, layout, offload, result["measurements"]),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from launch.choose import Question, gigabytes, needed_bytes, work_of
+from launch.choose import Question, evaluated, gigabytes, needed_bytes, work_of
 from qwen_dist.activations import activations_of
 from qwen_dist.errors import UserError
 from qwen_dist.hardware import Measured
@@ -77,6 +77,17 @@ def measured_of(
         activation_factor=factor,
         base_bytes=_base_bytes(question, layout, offload, measurements[-1], factor) if question.hardware.gpu else 0,
     )
+
+
+def modelled_rate(question: Question, layout: Layout) -> float | None:
+    """FLOP/s of forward and backward that the model of time tells; None on CPU, where it tells nothing."""
+    time = evaluated(replace(question, measured=None), layout).time
+    if time is None:
+        return None
+    work = work_of(question, layout)
+    cost = step_cost(question.shape, layout.method, layout.recomputed_layers / question.shape.num_layers)
+    tokens = layout.packs_per_micro_batch * work.pack_tokens
+    return work.accumulation * token_flops(cost, work) * tokens / time.compute_s
 
 
 def _micro_batch_s(

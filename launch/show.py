@@ -44,6 +44,7 @@ def plan_text(plan: Plan) -> str:
             ("length", f"{count(plan.total_steps, 'step')}, {counted(len(data.packs_per_epoch), 'epoch')}"),
             ("", f"{count(plan.total_tokens)} tokens, {count(plan.total_supervised_tokens)} trained"),
             *_time(plan),
+            *_measured(plan),
             *(("assumed" if number == 0 else "", sentence) for number, sentence in enumerate(plan.assumed)),
         ]
     )
@@ -86,15 +87,35 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _time(plan: Plan) -> list[tuple[str, str]]:
-    """What the model of time tells; nothing on CPU."""
+    """What the model of time tells; on CPU what was measured, or nothing."""
     time = plan.chosen.time
     if time is None or plan.hours is None or plan.gpu_hours is None:
         return []
-    rate = f"{time.total_s:,.3g} s a step, {time.tokens_per_gpu_s:,.0f} tokens/s a GPU, MFU {time.mfu:.0%}"
-    whole = f"about {duration(plan.hours)}"
+    rate, whole = (
+        f"{time.total_s:,.3g} s a step, {time.tokens_per_gpu_s:,.0f} tokens/s a",
+        f"about {duration(plan.hours)}",
+    )
+    if plan.hardware.gpu is None:
+        return [("time", f"{rate} process"), ("", whole)]
+    rate += f" GPU, MFU {time.mfu:.0%}"
     if plan.hardware.world_size > 1:
         whole += f", {plan.gpu_hours:,.3g} GPU-hours"
     return [("time", rate), ("", whole)]
+
+
+def _measured(plan: Plan) -> list[tuple[str, str]]:
+    """Where and when it was measured, and what differs from the models of time and memory."""
+    if plan.correction is None:
+        return []
+    probed, modelled = plan.correction.probed, plan.correction.modelled_flops_rate
+    rate = flops(probed.measured.flops_rate) + (f", modelled {flops(modelled)}" if modelled else "")
+    factor = f"activations × {probed.measured.activation_factor:.2f}"
+    return [("measured", f"{probed.date} on {probed.machine}"), ("", f"{rate}; {factor}")]
+
+
+def flops(rate: float) -> str:
+    """A rate with three digits, as `412 TFLOP/s`."""
+    return f"{rate / 1e12:,.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:,.3g} GFLOP/s"
 
 
 def _mixture(shares: Sequence[SourceShare]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launch.attempt import check_data, decide, flat, look, with_recorded_choice
+from launch.corrected import corrected_plan
 from launch.data_counts import exact_counts, quick_counts
 from launch.gpus import visible_gpus
 from launch.hosts import (
@@ -19,7 +20,7 @@ from launch.hosts import (
     world_size_of,
 )
 from launch.machine import computes_flash_attention, hardware_of
-from launch.planner import DataCounts, Plan, make_plan, question_of, require_choice, resolved
+from launch.planner import DataCounts, Plan, question_of, require_choice, resolved
 from launch.prepare_data import prepare_shown
 from launch.record import make_record
 from launch.run_file import Loaded
@@ -124,7 +125,7 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
     before = found.record if kind == "resume" else None
     if before is not None:
         check_data(before, data.fingerprints, run_dir.path)
-    plan = make_plan(run, hardware, data.numbers, is_flash)
+    plan = corrected_plan(run, hardware, data.numbers, is_flash)
     record = make_record(_as_planned(loaded, plan), data.fingerprints, data.counts, before)
     files |= {
         run_dir.run_json.name: record,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 
 import click
@@ -16,6 +17,7 @@ Example:
   qwen-dist plan run.yaml data.max_tokens=8192
   qwen-dist plan run.yaml --what-if gpus=8,16,32,64
   qwen-dist plan run.yaml --explain-zero
+  qwen-dist plan run.yaml --probe
 """
 
 
@@ -24,14 +26,24 @@ Example:
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--what-if", metavar="gpus=N,N", help="The same run on other numbers of GPUs.")
 @click.option("--explain-zero", is_flag=True, help="Every value of the DeepSpeed config, with its reason.")
+@click.option("--probe", "is_probe", is_flag=True, help="Measure a few real steps here, and correct the plan by them.")
 @click.option("--json", "as_json", is_flag=True, help="For a machine to read.")
-def command(run_file: Path, overrides: tuple[str, ...], what_if: str | None, explain_zero: bool, as_json: bool) -> int:
+def command(
+    run_file: Path,
+    overrides: tuple[str, ...],
+    what_if: str | None,
+    explain_zero: bool,
+    is_probe: bool,
+    as_json: bool,
+) -> int:
     """Layout, memory, time, batch and data of a run, before anything is started.
 
-    Figures marked ≈ are estimated from a part of the rows. Time and memory are computed; see docs/plan.md.
+    Figures marked ≈ are estimated from a part of the rows. Time and memory are computed, or
+    measured by --probe; see docs/plan.md.
     """
     from launch.plan_command import planned
     from launch.plan_json import plan_json, scaled_json, settings_json
+    from launch.probe import kept_probe, run_probe
     from launch.run_file import load_run
     from launch.scaling import scaled
     from launch.show import plan_text
@@ -44,7 +56,8 @@ def command(run_file: Path, overrides: tuple[str, ...], what_if: str | None, exp
     loaded = load_run(run_file, overrides)
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}", err=True)
-    plan, question = planned(loaded.run)
+    ask = partial(run_probe, say=partial(click.echo, err=True)) if is_probe else kept_probe
+    plan, question = planned(loaded.run, ask)
     width = columns()
     if counts:
         rows = scaled(question, plan.total_tokens, counts)
