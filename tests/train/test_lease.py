@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -124,6 +125,7 @@ def test_a_holder_that_was_replaced_learns_it(start, tmp_path):
     """A node that was cut off, say: its processes live, and must end."""
     process = start(tmp_path, SLURM_JOB_ID="7")
     with held(tmp_path, pytest.fail, pytest.fail, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}) as token:
+        assert select.select([process.stdout], [], [], 20)[0], "not told"
         assert process.stdout.readline() == "lost\n"
         process.communicate("")
         assert json.loads((tmp_path / ".lease").read_text())["token"] == token, "it gave back another's lease"
@@ -151,6 +153,13 @@ def test_of_many_that_find_a_dead_holder_one_replaces_it(start, tmp_path, monkey
     process.kill()
     process.wait()
     refused: list[UserError] = []
+    barrier, take_over = threading.Barrier(8), lease._take_over
+
+    def all_at_once(path: Path, ours: lease.Holder) -> bool:
+        barrier.wait(20)
+        return take_over(path, ours)
+
+    monkeypatch.setattr(lease, "_take_over", all_at_once)
     holds, over = threading.Semaphore(0), threading.Event()
 
     def contend() -> None:
