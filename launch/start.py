@@ -112,7 +112,7 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
     elsewhere: list[list[str]] = []
     if run.cluster.kind == "slurm":
         argv, variables = ["sbatch", str(run_dir.sbatch)], {}
-        files[run_dir.sbatch.name] = sbatch_text(run, run_dir.path, sys.executable, stop_lead_s(run_dir))
+        files[run_dir.sbatch.name] = sbatch_text(run, run_dir.path, sys.executable, stop_lead_s(run, run_dir))
     elif run.cluster.kind == "hosts":
         argv, *elsewhere = node_argvs(run, run_dir, cluster or planned_cluster(run))
         variables = trainer_environment(run, per_node)

@@ -88,7 +88,7 @@ def _script_of(loaded: Loaded) -> tuple[str, dict[str, str]]:
 
     run = loaded.run
     run_dir = RunDir(Path(run.output_dir) / run.name)
-    lead_s = stop_lead_s(run_dir)
+    lead_s = stop_lead_s(run, run_dir)
     options = sbatch_options(run, run_dir.path, processes_per_node(run, 0), lead_s)
     return sbatch_text(run, run_dir.path, sys.executable, lead_s), without_overrides(os.environ, options)
 

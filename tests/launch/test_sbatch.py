@@ -236,14 +236,29 @@ def test_a_time_limit_needs_room_for_the_save():
 
 
 def test_the_lead_is_four_saves_and_a_step(tmp_path):
-    run_dir = RunDir(tmp_path)
-    assert stop_lead_s(run_dir) == 120
+    run, run_dir = model_run(), RunDir(tmp_path)
     metrics = MetricsFile(run_dir.metrics, 0)
     for step, save_time_s in enumerate((20.0, 90.5, 30.0), start=1):
         metrics.write({"step": step, "loss": 1.0, "step_time_s": 7.0 * step})
         metrics.write({"step": step, "epoch": 1, "save_time_s": save_time_s})
+    assert stop_lead_s(run, run_dir) == 4 * 90.5 + 21
     metrics.close()
-    assert stop_lead_s(run_dir) == 4 * 90.5 + 21
+    run_dir.metrics.write_text('{"step": 1, "step_time_s": 0.5, "save_time_s": 1.0}\n')
+    assert stop_lead_s(run, run_dir) == 120
+
+
+def model_run(**cluster) -> Run:
+    """A run of a model whose size is known: 207 GB a checkpoint."""
+    return make_run(**cluster).model_copy(update={"model": Model(path="Qwen/Qwen3-14B")})
+
+
+def test_the_lead_of_a_first_job_is_by_the_checkpoint_s_size(tmp_path):
+    run_dir = RunDir(tmp_path)
+    on_one, on_four = (stop_lead_s(model_run(nodes=nodes), run_dir) for nodes in (1, 4))
+    assert on_one == pytest.approx(4 * 207, rel=0.02)
+    assert on_four == pytest.approx(207, rel=0.02)
+    assert stop_lead_s(model_run(time="00:20:00"), run_dir) == 300  # a guess takes a quarter of the time at most
+    assert stop_lead_s(model_run(time="00:05:00"), run_dir) == 120
 
 
 def test_the_environment_cannot_change_what_the_run_file_says():
