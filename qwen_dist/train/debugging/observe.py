@@ -72,7 +72,7 @@ class Observer:
     def __init__(self, model: torch.nn.Module) -> None:
         self._batch: MicroBatch | None = None
         self._seen: list[tuple[str, torch.Size, str, torch.Tensor, torch.Tensor]] = []
-        self._nll_N = self._place_N = self._weight_N = torch.zeros(0)
+        self._nll_N = self._sample_N = self._weight_N = torch.zeros(0)
         self._storages: dict[int, int] = {}
         self._is_forward = False
         for name, module in named_stages(model):
@@ -82,7 +82,7 @@ class Observer:
     def forward(self, batch: MicroBatch) -> Iterator[None]:
         """Watch the forward that the block runs; what backward recomputes later is not looked at."""
         self._batch, self._seen, self._storages, self._is_forward = batch, [], {}, True
-        self._nll_N = self._place_N = self._weight_N = torch.zeros(0)
+        self._nll_N = self._sample_N = self._weight_N = torch.zeros(0)
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
                 yield
@@ -98,7 +98,7 @@ class Observer:
         ]
         num_samples = len(self._batch.cu_seq_lens) - 1 if len(self._nll_N) else 0
         nll_S, weight_S = (
-            torch.zeros(num_samples, dtype=torch.float64).index_add_(0, self._place_N, values_N.double())
+            torch.zeros(num_samples, dtype=torch.float64).index_add_(0, self._sample_N, values_N.double())
             if num_samples
             else torch.zeros(0)
             for values_N in (self._nll_N * self._weight_N, self._weight_N)
@@ -130,8 +130,7 @@ class Observer:
             for rows_CV, targets_C in zip(logits_NV.split(CHUNK_ROWS), targets_N.split(CHUNK_ROWS), strict=True)
         ]
         self._nll_N = torch.cat(losses).cpu()
-        self._place_N = torch.searchsorted(self._batch.cu_seq_lens, positions_N + 1, right=True) - 1
-        self._place_N.clamp_(max=len(self._batch.cu_seq_lens) - 2)
+        self._sample_N = torch.searchsorted(self._batch.cu_seq_lens, positions_N, right=True) - 1
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         owner = tensor if tensor._base is None else tensor._base  # a transposed weight is a view of the parameter

@@ -18,6 +18,7 @@ from qwen_dist.config import Run
 from qwen_dist.data.cache.prepared import Prepared
 from qwen_dist.data.encoding.tokenizer import load_tokenizer
 from qwen_dist.data.order.shard import plan_run
+from qwen_dist.data.reading.rows import shown
 from qwen_dist.errors import UserError
 from qwen_dist.export.consolidate import adapted_model, full_model, read_weights, step_of
 from qwen_dist.run_dir import RunDir
@@ -180,7 +181,7 @@ def _about(
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return [
         ("run", f"{run.name}: step {entry.step} of attempt {entry.attempt}, rank {entry.rank} of {entry.world_size}"),
-        ("model", run.model.path),
+        ("model", shown(run.model.path)),
         ("weights", str(weights)),
         ("computes", f"{run.method.kind}, {run.model.precision}, on {where}, without DeepSpeed"),
         ("attention", attention),

@@ -15,6 +15,7 @@ from qwen_dist.config import Run
 from qwen_dist.data.cache.few import prepare_few
 from qwen_dist.data.encoding.tokenizer import load_tokenizer
 from qwen_dist.data.order.shard import StepPlan, plan_run
+from qwen_dist.data.reading.rows import shown
 from qwen_dist.errors import counted
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train.attention import choose_attention
@@ -158,7 +159,7 @@ def _about(run: Run, engine: Engine, plan: StepPlan, num_rows: int, layers: int 
     epochs = len(plan.packs_per_epoch)
     return [
         ("run", f"{run.name}: {counted(plan.num_steps, 'step')}, one process, nothing is kept"),
-        ("model", f"{run.model.path}{cut}"),
+        ("model", f"{shown(run.model.path)}{cut}"),
         ("", f"{sum(size for _, size in sizes):,} parameters, {trained:,} trained ({run.method.kind})"),
         ("computes", f"{run.model.precision}, ZeRO-{run.zero_stage}{offload}, on {_device(engine)}"),
         ("attention", f"{backend} ({reason})"),
