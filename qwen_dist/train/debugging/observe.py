@@ -113,9 +113,11 @@ class Observer:
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 return
             tensor = tensor.detach()
+            # Norms, since they need no memory of the tensor's size: watching must not change what is measured.
             rms = torch.linalg.vector_norm(tensor, dtype=torch.float32) / math.sqrt(max(1, tensor.numel()))
+            largest = torch.linalg.vector_norm(tensor, math.inf, dtype=torch.float32)  # NaN where any value is
             dtype = str(tensor.dtype).removeprefix("torch.")
-            self._seen.append((name, tensor.shape, dtype, rms, tensor.abs().amax().float()))
+            self._seen.append((name, tensor.shape, dtype, rms, largest))
             if name == "lm_head":
                 self._look_at_logits(tensor[0])
 
