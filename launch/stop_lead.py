@@ -25,10 +25,10 @@ def stop_lead_s(run: Run, run_dir: RunDir) -> int:
     from qwen_dist.report.metrics import read_metrics
 
     metrics = read_metrics(run_dir.metrics)
-    saves_s = [entry["save_time_s"] for entry in metrics if "save_time_s" in entry]
+    saves_s: list[float] = [entry["save_time_s"] for entry in metrics if "save_time_s" in entry]
     if saves_s:
-        step_s = max((entry.get("step_time_s", 0.0) for entry in metrics), default=0.0)
-        lead_s = SAVES_IN_LEAD * max(saves_s) + step_s
+        step_s: float = max((entry.get("step_time_s", 0.0) for entry in metrics), default=0.0)
+        lead_s: float = SAVES_IN_LEAD * max(saves_s) + step_s
     else:
         save_s = disk_room(run).checkpoint_bytes / (run.cluster.nodes * ASSUMED_WRITE_BYTES_S)
         limit_s = time_limit_s(run.cluster.time) if run.cluster.time else math.inf
