@@ -26,7 +26,7 @@ from launch.machine import seen_gpus
 from launch.probe_math import Depth, depths_that_fit, measured_of
 from launch.zero import deepspeed_config
 from qwen_dist.config import Batch, Run, Zero
-from qwen_dist.errors import EnvironmentNotReady, RunFailed, UserError
+from qwen_dist.errors import EnvironmentNotReady, RunFailed, UserError, counted
 from qwen_dist.hardware import Hardware, Measured, gpu_named
 from qwen_dist.layout import Layout
 from qwen_dist.processes import LAUNCHER_VARIABLE, name_of_this_process
@@ -261,7 +261,7 @@ def _machine(run: Run, hardware: Hardware) -> str:
     if hardware.gpu is not None:
         return hardware.gpu.name
     threads = trainer_environment(run, hardware.gpus_per_node)["OMP_NUM_THREADS"]
-    return f"{_cpu_name()}, {threads} threads"
+    return f"{_cpu_name()}, {counted(int(threads), 'thread')}"
 
 
 def _cpu_name() -> str:

@@ -6,6 +6,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from launch.choose import needed_bytes
 from launch.planner import Plan
 from launch.scaling import Scaled
 from launch.show import GB, layout_name
@@ -50,7 +51,7 @@ def layouts_text(plan: Plan, width: int) -> str:
         layout, row = option.layout, [layout_name(option.layout)]
         if is_wide:
             recomputed = f"{layout.recomputed_layers}/{layers}"
-            row += [recomputed, str(layout.packs_per_micro_batch), _gb(option.memory.peak)]
+            row += [recomputed, str(layout.packs_per_micro_batch), _gb(needed_bytes(plan.hardware, option.memory))]
         if plan.hardware.gpu:
             row.append(f"{option.time.total_s:,.1f}" if option.time else "")
         rows.append((*row, remark))

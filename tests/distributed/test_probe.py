@@ -16,7 +16,7 @@ from launch.zero import deepspeed_config
 from qwen_dist.config import Run
 from qwen_dist.errors import EXIT_DONE, EXIT_USAGE
 from qwen_dist.train.probe import SavedBytes, Spec, config_of_depth, micro_batch
-from tests.distributed.runs import REPO, SMALL_QWEN3
+from tests.distributed.runs import REPO, SMALL_QWEN3, qwen_dist, step_metrics, write_run_file
 
 TOKENS, HIDDEN = 256, SMALL_QWEN3["hidden_size"]
 
@@ -86,6 +86,37 @@ def test_too_little_memory_is_a_sentence(tmp_path: Path) -> None:
         "The probe ran out of memory with 2 layers and 4,000,000 tokens at a time; "
         "set a lower data.max_tokens or batch.packs_per_micro_batch."
     )
+
+
+def test_a_plan_is_corrected_and_train_keeps_to_it(tmp_path: Path) -> None:
+    model = {
+        **SMALL_QWEN3, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 32, "num_hidden_layers": 4,
+    }  # fmt: skip
+    cluster = {"gpus_per_node": 1, "env": {"OMP_NUM_THREADS": "1"}}
+    run_file = str(write_run_file(tmp_path, "probed", model, cluster=cluster, length={"epochs": 1, "max_steps": 5}))
+    assert json.loads(qwen_dist("plan", run_file, "--json"))["correction"] is None
+
+    for attempt in range(3):  # other work on the machine may slow the one or the other down
+        text = qwen_dist("plan", run_file, "--probe")
+        assert text.startswith("Measuring a few steps with 4 of 4 layers on this machine\n")
+        plan = json.loads(qwen_dist("plan", run_file, "--json"))
+        assert f"measured   {plan['correction']['probed']['date']} on " in text
+        assert plan["correction"]["probed"]["layers"] == [4]
+        assert plan["correction"]["probed"]["measured"]["activation_factor"] == pytest.approx(1, abs=0.05)
+        told = qwen_dist("train", run_file, f"name=probed{attempt}")
+        assert f"measured   {plan['correction']['probed']['date']} on " in told
+        steps = step_metrics(tmp_path / "runs" / f"probed{attempt}").values()
+        expected = plan["chosen"]["time"]["tokens_per_gpu_s"]
+        if 0.5 < max(step["tokens_per_s"] for step in steps) / expected < 2:
+            break
+    else:
+        pytest.fail(f"expected {expected:.0f} tokens/s, made {[round(step['tokens_per_s']) for step in steps]}")
+
+    assert len(list((tmp_path / "runs" / ".probe").glob("*.json"))) == 1
+    shorter = json.loads(qwen_dist("plan", run_file, "data.max_tokens=256", "--json"))
+    assert shorter["correction"] is None
+    assert shorter["hours"] is None
 
 
 def test_micro_batch_is_of_the_asked_size() -> None:
