@@ -252,6 +252,7 @@ def test_packages_that_only_some_runs_need(project, install):
     [
         (HERE, (), "ok", "built for CPU"),
         (HERE, ("cluster.device=cuda",), "FAIL", "built for CPU"),
+        (HERE, ("cluster.kind=slurm", "cluster.gpus_per_node=8"), "FAIL", "built for CPU"),
         (CUDA_HERE, ("cluster.device=cuda",), "ok", "CUDA 13.0, NCCL 2.28.3"),
         (CUDA_HERE | {"has_cuda": False, "cuda_error": "driver too old"}, ("cluster.device=cuda",), "FAIL", "too old"),
         (CUDA_HERE | {"has_bf16": False}, ("cluster.device=cuda",), "FAIL", "no bf16"),
