@@ -139,7 +139,7 @@ def packing_facts(packing: dict[str, Any], run: Run) -> Iterator[Fact]:
     yield "steps", an_epoch, f"{packing['steps']:,} in {counted(packing['epochs'], 'epoch')}"
     if balance := packing["balance"]:
         what = f"slowest of {balance['world_size']:,} ranks {balance['slowest_over_mean']:.3f} × the mean"
-        yield "balance", what, f"ZeRO-{run.zero_stage}"
+        yield "balance", what, f"ZeRO-{balance['zero_stage']}"
     if packing["samples_not_used"]:
         yield "not used", counted(packing["samples_not_used"], "sample"), "left to later epochs, or out by the settings"
 

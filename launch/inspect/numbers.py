@@ -172,17 +172,19 @@ def _balance(run: Run, plan: StepPlan) -> dict[str, Any] | None:
     Ranks of ZeRO-3 wait for each other in every layer, so each micro-step takes as long as its costliest pack; those
     of ZeRO-2 once a step.
     """
+    from launch.plan_command import likely_stage
+
     world_size = world_size_of_run(run)
     if world_size == 1:
         return None
     steps = plan.steps_of(0)
     chosen = sorted({steps[at * len(steps) // BALANCE_STEPS] for at in range(BALANCE_STEPS)})
-    slowest, mean = 0.0, 0.0
+    slowest, mean, stage = 0.0, 0.0, likely_stage(run, world_size)
     for step in chosen:
         costs_WM = plan.costs_of(step, world_size)
-        slowest += float(costs_WM.max(axis=0).sum() if run.zero_stage == 3 else costs_WM.sum(axis=1).max())
+        slowest += float(costs_WM.max(axis=0).sum() if stage == 3 else costs_WM.sum(axis=1).max())
         mean += float(costs_WM.sum()) / world_size
-    return {"world_size": world_size, "slowest_over_mean": round(slowest / mean, 4)}
+    return {"world_size": world_size, "zero_stage": stage, "slowest_over_mean": round(slowest / mean, 4)}
 
 
 def _mixture(dataset: Dataset, plan: StepPlan) -> list[dict[str, Any]] | None:

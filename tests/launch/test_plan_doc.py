@@ -1,0 +1,21 @@
+"""docs/plan.md holds what the planner computes, and a reader's own sum agrees with it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.launch.plan_cases import ACCEPT, CASES, TOKENS, Case, by_hand, documented, table
+
+
+def test_the_table_is_what_the_planner_says():
+    assert documented() == table(), f"accept the change with: {ACCEPT}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.method}, {case.gpus}")
+@pytest.mark.parametrize("max_tokens", TOKENS)
+def test_a_sum_by_hand_agrees(case: Case, max_tokens: int):
+    choice = case.choice(max_tokens)
+    if choice is None:
+        assert (case.gpus, max_tokens) == ("1 × 24 GB", 32768)
+    else:
+        assert by_hand(choice.chosen.layout) == pytest.approx(choice.chosen.memory.peak, rel=0.05)
