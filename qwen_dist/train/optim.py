@@ -29,7 +29,8 @@ def lr_at(step: int, num_steps: int, optim: Optim) -> float:
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices decay, vectors (norms, biases) do not.
 
-    Under ZeRO-3 a parameter's own shape is empty; `ds_shape` holds the real one. Empty groups are left out.
+    Under ZeRO-3 a parameter's own shape is empty; `ds_shape` holds the real one. Empty groups are left out. Apart from
+    vectors, the shares of matrices lie at whole blocks of a disk (zero.nvme_path needs that, see `launch/zero.py`).
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trainable if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2]
@@ -39,6 +40,10 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def make_optimizer(model: torch.nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """Torch's fused AdamW over the trainable parameters; needs no compiler on the cluster."""
+    """Torch's fused AdamW over the trainable parameters; needs no compiler on the cluster.
+
+    It updates on the host as well, where states are offloaded: DeepSpeedCPUAdam, which must be compiled on each node,
+    is no faster (0.97 to 1.20 of its time, `benchmarks/cpu_adam.py`): both wait for memory.
+    """
     groups = parameter_groups(model, optim.weight_decay)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)

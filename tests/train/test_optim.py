@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_dist.config import Optim
-from qwen_dist.train.optim import lr_at, parameter_groups
+from qwen_dist.train.optim import lr_at, make_optimizer, parameter_groups
 
 
 def test_cosine_with_warm_up_by_hand() -> None:
@@ -49,3 +49,22 @@ def test_only_trainable_matrices_decay() -> None:
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert matrices["params"] == [model[0].weight]
     assert len(vectors["params"]) == 3
+
+
+def test_the_fused_step_on_the_host_is_adamws() -> None:
+    """Offloaded states are updated there; by the formulas, in fp64."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 64, bias=False)
+    expected = model.weight.detach().double()
+    moment, square = torch.zeros_like(expected), torch.zeros_like(expected)
+    optim = Optim(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = make_optimizer(model, optim)
+    assert optimizer.defaults["fused"] is True
+    for step in (1, 2, 3):
+        model.weight.grad = torch.randn(64, 64)
+        gradient = model.weight.grad.double()
+        optimizer.step()
+        moment, square = 0.9 * moment + 0.1 * gradient, 0.95 * square + 0.05 * gradient**2
+        expected *= 1 - optim.lr * optim.weight_decay
+        expected -= optim.lr * (moment / (1 - 0.9**step)) / ((square / (1 - 0.95**step)).sqrt() + optim.eps)
+    assert torch.allclose(model.weight.detach().double(), expected, atol=1e-6)
