@@ -7,7 +7,7 @@ import os
 
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError
-from qwen_dist.shapes import is_local
+from qwen_dist.model_files import is_local
 
 
 def mounts_of(run: Run) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from launch.raw_values import RawValues
 from launch.yaml_nodes import KeyPath
 from qwen_dist.errors import did_you_mean
-from qwen_dist.shapes import HUB_ID, is_hub_id
+from qwen_dist.model_files import HUB_ID, is_hub_id
 
 
 def resolve_paths(values: RawValues, folder: Path) -> None:

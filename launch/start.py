@@ -31,8 +31,8 @@ from launch.supervise import read_outcome
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
 from qwen_dist.errors import EXIT_DONE, EnvironmentNotReady, UserError
+from qwen_dist.model_files import check_config, is_local, read_config, require_weights
 from qwen_dist.run_dir import RunDir, write_atomically, write_json
-from qwen_dist.shapes import check_config, is_local, read_config, require_weights
 
 PLANNED_SOURCE = "plan"
 

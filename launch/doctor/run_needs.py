@@ -18,9 +18,10 @@ from qwen_dist.config import Model
 from qwen_dist.disk_room import DiskRoom, disk_room, missing_room
 from qwen_dist.errors import UserError
 from qwen_dist.hardware import GB
+from qwen_dist.model_files import SUPPORTED_TYPES, is_local, read_config, require_weights
 from qwen_dist.nvidia_smi import visible
 from qwen_dist.run_dir import RunDir
-from qwen_dist.shapes import SUPPORTED_TYPES, is_known_model, is_local, model_shape, read_config, require_weights
+from qwen_dist.shapes import is_known_model, model_shape
 
 MIN_WEIGHTS_BYTES = 1024  # a Git LFS pointer, which stands for a file that was not fetched, has about 130
 MAX_SKEW_S = 1.0

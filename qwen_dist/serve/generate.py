@@ -19,10 +19,10 @@ from transformers.generation import BaseStreamer
 from qwen_dist.data.encoding.spans import prompt_ids
 from qwen_dist.data.encoding.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_dist.errors import EnvironmentNotReady, UserError
+from qwen_dist.model_files import is_hub_id
 from qwen_dist.run_dir import RunDir
 from qwen_dist.serve.sampling import Mode, sampling_of
 from qwen_dist.serve.stream import THINK_OPEN, Part, ReasoningSplit, TextStream
-from qwen_dist.shapes import is_hub_id
 
 Message = dict[str, str]
 OnPart = Callable[[Part], None]

@@ -10,7 +10,7 @@ import torch
 from qwen_dist.config import Run
 from qwen_dist.data.batches import MicroBatch
 from qwen_dist.log import get_logger
-from qwen_dist.shapes import check_config
+from qwen_dist.model_files import check_config
 from qwen_dist.train.attention import choose_attention, forward_arguments
 from qwen_dist.train.lora import add_adapters
 from qwen_dist.train.loss import summed_cross_entropy, supervised_positions

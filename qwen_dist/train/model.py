@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwen_dist.config import Model, Run
 from qwen_dist.errors import UserError
-from qwen_dist.shapes import require_weights
+from qwen_dist.model_files import require_weights
 from qwen_dist.train.quantize import keep_packing, quantized_loading, require_quantizable
 
 

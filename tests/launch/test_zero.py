@@ -18,7 +18,7 @@ from launch.zero import deepspeed_config, explained_config
 from launch.zero_overrides import flat
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError
-from qwen_dist.shapes import KNOWN_SHAPES, hidden_size
+from qwen_dist.shapes import KNOWN_SHAPES
 
 ZERO = "zero_optimization"
 
@@ -193,13 +193,6 @@ def test_overrides_of_the_other_stage_are_refused() -> None:
         overridden({ZERO: {"stage3_prefetch_bucket_size": 1}}, stage=2)
     with pytest.raises(UserError, match="must be an even whole number above 0"):
         overridden({ZERO: {"allgather_bucket_size": 3}}, stage=2)
-
-
-def test_hidden_sizes_without_a_network(tmp_path: Any) -> None:
-    (tmp_path / "config.json").write_text('{"hidden_size": 96}')
-    assert hidden_size(str(tmp_path)) == hidden_size(str(tmp_path / "config.json")) == 96
-    assert hidden_size("Qwen/Qwen2.5-0.5B-Instruct") == 896
-    assert hidden_size("someone/their-model") == 5120
 
 
 # Prints what DeepSpeed's own config classes made of each config, and every key that they know. The classes read

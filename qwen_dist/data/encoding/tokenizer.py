@@ -21,7 +21,7 @@ from qwen_dist.data.encoding.chunks import Beginnings
 from qwen_dist.data.encoding.render import compile_template
 from qwen_dist.data.encoding.words import WordEncoder
 from qwen_dist.errors import EnvironmentNotReady, UserError
-from qwen_dist.shapes import HUB_ID
+from qwen_dist.model_files import HUB_ID
 
 STOP_TOKEN = "<|im_end|>"
 PAD_TOKEN = "<|endoftext|>"

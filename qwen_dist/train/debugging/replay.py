@@ -21,8 +21,8 @@ from qwen_dist.data.order.shard import plan_run
 from qwen_dist.data.reading.rows import shown
 from qwen_dist.errors import UserError
 from qwen_dist.export.consolidate import adapted_model, full_model, read_weights, step_of
+from qwen_dist.model_files import check_config
 from qwen_dist.run_dir import RunDir
-from qwen_dist.shapes import check_config
 from qwen_dist.train.attention import choose_attention
 from qwen_dist.train.checkpoint import damage, restore_rng
 from qwen_dist.train.data import open_or_prepare

@@ -19,9 +19,9 @@ from typing import Any
 
 from qwen_dist.config import Run, Source
 from qwen_dist.errors import UserError
+from qwen_dist.model_files import is_local, read_config, require_weights
 from qwen_dist.nvidia_smi import NvidiaSmiFailed, read_gpus, visible
 from qwen_dist.run_dir import RunDir, cache_dir, prepared_dir
-from qwen_dist.shapes import is_local, read_config, require_weights
 from qwen_dist.train.preflight.place import Place
 
 SHARED_MEMORY = Path("/dev/shm")
