@@ -13,7 +13,7 @@ from launch.unfit import refusal
 from qwen_dist.config import Batch, Data, Method, Model, Run, Source, Zero
 from qwen_dist.hardware import GB, GPUS, Hardware, Measured, gpu_named
 from qwen_dist.layout import Layout
-from qwen_dist.memory import memory_of
+from qwen_dist.memory import Parts, memory_of
 from qwen_dist.shapes import KNOWN_SHAPES, model_shape
 
 
@@ -196,8 +196,8 @@ def test_what_is_lacking_is_rounded_so_that_it_lacks():
     question = ask(gpus=1, gpu="H100")
     option = evaluated(question, next(iter(layouts(question))))
     there = question.hardware.process_memory_bytes
-    just_over = replace(option.memory.gpu["loss"], activations=there, margin=1)
-    memory = replace(option.memory, gpu={**option.memory.gpu, "loss": just_over})
+    just_over = Parts(activations=there + 1)
+    memory = replace(option.memory, gpu=dict.fromkeys(option.memory.gpu, just_over))
     needed, _, rest = lack(question, memory).removeprefix("needs ").partition(" GB of ")
     assert float(needed) > float(rest)
 
