@@ -17,6 +17,7 @@ FP32, FP64 = 4, 8
 MOMENTS_BYTES = 2 * FP32  # exp_avg and exp_avg_sq
 # ZeRO-2 pads a flat group of parameters to this many elements for each rank (`nccl_start_alignment_factor`).
 ALIGNMENT = 2
+NORM_ELEMENTS = 250_000_000
 # NF4: half a byte; a scale of 8 bits for 64 weights; of 256 such scales one in fp32 (arXiv:2305.14314, 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
@@ -126,15 +127,19 @@ def _zero2(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
     passing = element * largest if is_offloaded else 0
     optimizer = (FP32 + MOMENTS_BYTES) * shard
     whole = element * largest if is_alone else 0
+    # In fp32 no shard of gradients is made: each micro-batch's are added to those before, and joined for the update.
+    joined = FP32 * shard if element == FP32 else 0
     return States(
         weights=weights,
         live_weights=weights,
         optimizer=0 if is_offloaded else optimizer,
-        gradients=FP32 * shard,  # also when the optimizer is offloaded (`_build_compact_grad_partition_buffer`)
+        # Also when the optimizer is offloaded (`_build_compact_grad_partition_buffer`).
+        gradients=FP32 * shard + joined,
         resting_gradients=0,
         whole_gradient=whole,
-        reduced_gradient=whole + (FP32 * owned if is_alone else 0),
-        update_gradients=0 if is_offloaded else FP64 * owned,  # `get_grad_norm_direct`, a parameter at a time
+        # Offloaded, a gradient's norm is taken in fp64 as soon as it is reduced (`copy_grads_in_partition`).
+        reduced_gradient=whole + (FP64 if is_offloaded else FP32) * (owned if is_alone else 0),
+        update_gradients=0 if is_offloaded else max(FP64 * owned, joined),  # `get_grad_norm_direct`, one by one
         buckets=passing,
         step_buckets=passing + step_buckets,
         loading_weights=weights + flat,  # the model, and its trained weights once more in flat groups
@@ -148,7 +153,7 @@ def _zero2(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
         shard_bytes=weights,
         trained_parameters=total(tensors.trained),
         module_bytes=flat,
-        largest_saved=FP32 * shard,
+        largest_saved=0 if is_offloaded else FP32 * shard,
     )
 
 
@@ -171,6 +176,8 @@ def _zero3(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
     # One bucket, always there; reduced by way of a copy (`reduce_scatter_coalesced`), its shard then turned to fp32.
     bucket = element * sizes.reduce
     arriving = FP32 * -(-max(sizes.reduce, trained_large) // ranks)
+    # Offloaded, its norm is taken in fp64, so many elements at a time (`_constant_buffered_norm2`).
+    norm = FP64 * min(NORM_ELEMENTS, -(-trained_large // ranks)) if is_offloaded else 0
     masters = FP32 * shard if element < FP32 else 0  # in fp32 the weights are their own masters
     optimizer = masters + MOMENTS_BYTES * shard
     gradients = 0 if is_offloaded else FP32 * shard  # `grad_partitions_flat_buffer`, of the optimizer's device
@@ -186,7 +193,7 @@ def _zero3(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
         # A sub-group's gradients are copied to one tensor (`_prepare_fp32_grad_for_sub_group`).
         update_gradients=0 if is_offloaded else max(FP32 * group, FP64 * -(-trained_large // ranks)),
         buckets=bucket,
-        step_buckets=2 * bucket + arriving,
+        step_buckets=2 * bucket + arriving + norm,
         loading_weights=weights + resting_copy + element * large,
         loading_optimizer=0
         if is_offloaded
@@ -200,7 +207,7 @@ def _zero3(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
         shard_bytes=element * (shard + frozen),
         trained_parameters=total(tensors.trained),
         module_bytes=0,
-        largest_saved=FP32 * group,
+        largest_saved=0 if is_offloaded else FP32 * group,
     )
 
 
