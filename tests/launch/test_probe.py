@@ -64,7 +64,7 @@ def measurement(layers: int, recomputed: int = 0, **values: Any) -> dict[str, An
         ("H100-80GB", {"method": {"kind": "lora"}}, "none", (4, 8)),
         ("H100-80GB", {}, "none", (2, 4)),  # 8 layers, the embedding and the head are 4.2e9 parameters of 18 bytes
         ("A6000-48GB", {}, "none", (1, 2)),
-        ("RTX4090-24GB", {}, "optimizer", (1, 2)),
+        ("RTX5090-32GB", {}, "optimizer", (2, 4)),
     ],
 )
 def test_the_deepest_pair_that_fits_is_measured(gpu, sections, offload, layers, tmp_path):
