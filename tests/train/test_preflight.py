@@ -6,8 +6,9 @@ import time
 
 import pytest
 
+from qwen_dist.config import Run
 from qwen_dist.errors import UserError
-from qwen_dist.train.preflight.facts import Step, gather
+from qwen_dist.train.preflight.facts import Step, gather, nvme
 from qwen_dist.train.preflight.here import OPS, here
 from qwen_dist.train.preflight.judge import clock_problems, judge_facts, judge_results, missing
 from qwen_dist.train.preflight.meeting import Meeting
@@ -107,6 +108,22 @@ def test_gpus_of_nodes():
     )
     assert told([fact("n1", gpu=free), fact("n1", 1, gpu=used)])[0].startswith("warning n1: GPU 1 has 40.0 GB in use")
     assert told([fact("n1", gpu=free), fact("n2", gpu=other)])[0].startswith("warning n2: GPU A100, where the others")
+
+
+def test_a_disk_that_states_are_offloaded_to(tmp_path):
+    def run(folder: str, model: str) -> Run:
+        zero = {"stage": 3, "offload": "all", "nvme_path": folder}
+        sections = {"model": {"path": model}, "data": {"train": [{"path": "x"}]}, "zero": zero}
+        return Run.model_validate({"name": "x", **sections})
+
+    small = tmp_path / "config.json"
+    small.write_text('{"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512}')
+    assert nvme(run(str(tmp_path), str(small)), 8) == {}
+    with pytest.raises(UserError, match=r"zero.nvme_path=/not/there is no folder that can be written there"):
+        nvme(run("/not/there", str(small)), 8)
+    small.write_text('{"model_type": "qwen3", "hidden_size": 65536, "intermediate_size": 262144, "vocab_size": 512}')
+    with pytest.raises(UserError, match=r"GB are free at zero.nvme_path=\S+, and [\d]+ GB are offloaded to it"):
+        nvme(run(str(tmp_path), str(small)), 8)
 
 
 def test_a_disk_without_room_on_one_node():

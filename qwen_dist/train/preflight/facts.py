@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_dist.config import Run, Source
+from qwen_dist.disk_room import disk_room
 from qwen_dist.errors import UserError
+from qwen_dist.hardware import GB
 from qwen_dist.model_files import is_local, read_config, require_weights
 from qwen_dist.nvidia_smi import NvidiaSmiFailed, read_gpus, visible
 from qwen_dist.run_dir import RunDir, cache_dir, prepared_dir
@@ -129,6 +131,27 @@ def node(run: Run, run_dir: RunDir) -> dict[str, Any]:
             for gpu in gpus
         ]
     return facts
+
+
+def nvme(run: Run, num_ranks: int) -> dict[str, Any]:
+    """Whether this node's own NVMe disk takes what is offloaded to it.
+
+    Args:
+        num_ranks: of this node.
+
+    Raises:
+        UserError: it does not.
+    """
+    folder = Path(run.zero.nvme_path or "")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"zero.nvme_path={folder} is no folder that can be written there; make it on every node.")
+    needed, free = disk_room(run, num_ranks).nvme_bytes, shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{free / GB:.0f} GB are free at zero.nvme_path={folder}, and {needed / GB:.0f} GB are offloaded to it; "
+            "make room, or offload less."
+        )
+    return {}
 
 
 def files(run: Run, run_dir: RunDir, fingerprints: dict[str, str | None]) -> dict[str, Any]:

@@ -20,12 +20,12 @@ from qwen_dist.train.preflight.collective import collective
 from qwen_dist.train.preflight.judge import Facts, Problem, judge_facts, judge_results, missing
 from qwen_dist.train.preflight.meeting import Meeting
 from qwen_dist.train.preflight.place import Place, attempt_name, node_of_rank, place_of
-from qwen_dist.train.ranks import rank_environment
+from qwen_dist.train.ranks import local_world_size, rank_environment
 
 # Two minutes at most, all in all: imports take seconds, and much longer where all nodes read one slow disk.
 FACTS_WITHIN_S = 75.0
 # Of that, after which a step that hangs is given up, so that its rank can still say so.
-STEP_SHARES = {"software": 0.8, "files": 0.3, "rendezvous": 0.3, "node": 0.5}
+STEP_SHARES = {"software": 0.8, "files": 0.3, "rendezvous": 0.3, "node": 0.5, "nvme": 0.3}
 NETWORK_SHARE = 0.4  # of that, in which the network must answer: 30 s
 RESULT_LATE_S = 3.0  # how much later than its limit a rank's result may lie in the folder
 VERDICT_LATE_S = 5.0  # how much later than rank 0's own deadline the others stop to wait for it
@@ -80,6 +80,8 @@ def _facts(
     }
     if place.local_rank == 0:
         steps["node"] = lambda: look.node(run, run_dir)
+        if run.zero.nvme_path is not None:
+            steps["nvme"] = lambda: look.nvme(run, local_world_size(dict(os.environ)))
     found = look.gather([look.Step(name, STEP_SHARES[name] * within_s, step) for name, step in steps.items()])
     return {"rank": place.rank, "local_rank": place.local_rank, "node": place.node, **found}
 
