@@ -49,7 +49,10 @@ def test_what_the_command_line_says_stays(project: Path) -> None:
         (["run.yaml", "--debug", "--step", "2"], "--step has no effect without --replay; remove it."),
         (["runs/small", "--replay", "--step", "2", "--layers", "2"], "--layers has no effect without --debug"),
         (["runs/small", "optim.lr=1", "--replay", "--step", "2"], "KEY=VALUE has no effect without --debug"),
-        (["run.yaml", "--debug", "--replay", "--step", "1"], "--debug and --replay are jobs of their own; ask for one at a time."),
+        (
+            ["run.yaml", "--debug", "--replay", "--step", "1"],
+            "--debug and --replay are jobs of their own; ask for one at a time.",
+        ),
         (["run.yaml", "--debug", "--dry-run"], "--debug and --replay run here, in one process"),
         (["runs/small", "--replay"], "--replay needs the step to compute again; add --step K."),
         (["runs/small", "--replay", "--step", "1"], "runs/small is no run directory: it has no readable run.json"),
