@@ -24,12 +24,14 @@ class Activations:
 
     Attributes:
         kept: by forward until backward reaches it, all layers together; without logits.
+        final_norm: in the final norm's backward, the first after the head's.
         backward: at most, while backward runs, what is still kept included; without logits.
         logits: at most, in the loss and its backward, beside `kept`.
         head_logits: what of the logits lives while the head's own gradient is computed.
     """
 
     kept: int
+    final_norm: int
     backward: int
     logits: int
     head_logits: int
@@ -70,7 +72,7 @@ def activations_of(shape: ModelShape, layout: Layout, supervised_share: float, i
     chunk = LOSS_CHUNK_TENSORS * FP32 * min(trained, LOSS_CHUNK_ROWS) * shape.vocab_size
     inputs = element * trained * hidden if layout.method == "full" else 0  # for the gradient of the head's weight
     # Backward multiplies the stored gradient into a second tensor of its size; then one of them is left.
-    return Activations(kept, backward, max(one + chunk, 2 * one) + inputs, one + inputs)
+    return Activations(kept, kept + tokens * norm, backward, max(one + chunk, 2 * one) + inputs, one + inputs)
 
 
 def layer_bytes(shape: ModelShape, layout: Layout, is_flash: bool = True) -> int:

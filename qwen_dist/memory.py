@@ -134,19 +134,24 @@ def _moments(states: States, activations: Activations) -> dict[str, Parts]:
         return Parts(weights or states.live_weights, gradients, states.optimizer, buckets, kept, logits)
 
     shards, resting = states.gradients, states.resting_gradients
-    # The head's gradient is made while the logits' still lives; larger than a bucket, it stays whole until it is
-    # reduced, and under ZeRO-2 on a rank that owns a part of it until backward ends (`copy_grads_in_partition`).
+    # The head's gradient is made beside its logits'. Larger than a bucket, it is whole until it is reduced, which is
+    # when the final norm's is there: before any layer's backward.
     head = parts(shards + states.whole_gradient, states.step_buckets, activations.kept, activations.head_logits)
     loss = parts(shards, states.step_buckets, activations.kept, activations.logits)
-    backward = parts(shards + states.reduced_gradient, states.step_buckets, activations.backward)
+    first = parts(shards + states.reduced_gradient, states.step_buckets, activations.final_norm)
+    later = parts(shards + states.lasting_gradient, states.step_buckets, activations.backward)
     return {
         "load": Parts(weights=states.loading_weights, optimizer=states.loading_optimizer, buckets=states.buckets),
         "rest": parts(resting, states.buckets, weights=states.weights),
-        "loss": max(head, loss, key=lambda moment: moment.total),
-        "backward": backward,
+        "loss": max(head, loss, key=_total),
+        "backward": max(first, later, key=_total),
         "update": parts(shards + states.update_gradients, states.buckets, weights=states.weights),
         "save": parts(resting, states.buckets, weights=states.weights),
     }
+
+
+def _total(parts: Parts) -> int:
+    return parts.total
 
 
 def _with_overhead(layout: Layout, parts: Parts) -> Parts:

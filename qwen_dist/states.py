@@ -30,7 +30,8 @@ class States:
         weights: between steps. live_weights: most in a step, gathered ones included.
         optimizer: master weights and moments on the GPU.
         gradients: fp32 shard in backward. resting_gradients: what of it stays between steps.
-        whole_gradient: the head's or embedding's, when it is made. reduced_gradient: when it is reduced.
+        whole_gradient: the head's or embedding's, when it is made. reduced_gradient: when it is reduced, with its shard
+            in fp32 and, offloaded, in fp64 for the norm. lasting_gradient: what of it stays while backward goes on.
         update_gradients: what the update adds: copies for it, and the norm in fp64.
         buckets: buffers between steps. step_buckets: in a step.
         loading_weights, loading_optimizer: most while DeepSpeed takes the model over.
@@ -46,6 +47,7 @@ class States:
     resting_gradients: int
     whole_gradient: int
     reduced_gradient: int
+    lasting_gradient: int
     update_gradients: int
     buckets: int
     step_buckets: int
@@ -139,6 +141,7 @@ def _zero2(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
         whole_gradient=whole,
         # Offloaded, a gradient's norm is taken in fp64 as soon as it is reduced (`copy_grads_in_partition`).
         reduced_gradient=whole + (FP64 if is_offloaded else FP32) * (owned if is_alone else 0),
+        lasting_gradient=whole,  # on a rank that owns a part of it (`copy_grads_in_partition`)
         update_gradients=0 if is_offloaded else max(FP64 * owned, joined),  # `get_grad_norm_direct`, one by one
         buckets=passing,
         step_buckets=passing + step_buckets,
@@ -175,9 +178,10 @@ def _zero3(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
     is_alone = trained_large > sizes.reduce
     # One bucket, always there; reduced by way of a copy (`reduce_scatter_coalesced`), its shard then turned to fp32.
     bucket = element * sizes.reduce
-    arriving = FP32 * -(-max(sizes.reduce, trained_large) // ranks)
-    # Offloaded, its norm is taken in fp64, so many elements at a time (`_constant_buffered_norm2`).
-    norm = FP64 * min(NORM_ELEMENTS, -(-trained_large // ranks)) if is_offloaded else 0
+    # Offloaded, a norm is taken in fp64, so many elements at a time (`_constant_buffered_norm2`).
+    part = -(-trained_large // ranks)
+    arriving = FP32 * part + (FP64 * min(NORM_ELEMENTS, part) if is_offloaded else 0)
+    whole_gradient = element * trained_large if is_alone else 0
     masters = FP32 * shard if element < FP32 else 0  # in fp32 the weights are their own masters
     optimizer = masters + MOMENTS_BYTES * shard
     gradients = 0 if is_offloaded else FP32 * shard  # `grad_partitions_flat_buffer`, of the optimizer's device
@@ -188,12 +192,13 @@ def _zero3(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
         optimizer=0 if is_offloaded else optimizer,
         gradients=gradients,
         resting_gradients=gradients,
-        whole_gradient=element * trained_large if is_alone else 0,
-        reduced_gradient=element * trained_large if is_alone else 0,
+        whole_gradient=whole_gradient,
+        reduced_gradient=whole_gradient + (arriving if is_alone else 0),
+        lasting_gradient=0,
         # A sub-group's gradients are copied to one tensor (`_prepare_fp32_grad_for_sub_group`).
-        update_gradients=0 if is_offloaded else max(FP32 * group, FP64 * -(-trained_large // ranks)),
+        update_gradients=0 if is_offloaded else max(FP32 * group, FP64 * part),
         buckets=bucket,
-        step_buckets=2 * bucket + arriving + norm,
+        step_buckets=2 * bucket + FP32 * -(-sizes.reduce // ranks),
         loading_weights=weights + resting_copy + element * large,
         loading_optimizer=0
         if is_offloaded
