@@ -91,7 +91,7 @@ def explained_config(
     largest = max(shape.embedding_parameters, *shape.layer_tensors.values())
     sizes = bucket_sizes(shape.hidden_size, shape.layer_parameters, largest, world_size)
     if run.zero.nvme_path is not None:
-        _check_alignment(run, shape, world_size)
+        _check_disk(run, shape, world_size)
     facts = _Facts(run, batch, gpus_per_node or world_size, sizes, shape, run.cluster.device == "cpu")
     settings = [*_batch(facts), *_numbers(facts), *_zero(facts), *_offload(facts), *_manners()]
     overrides = checked_overrides(run.zero.overrides, {setting.key: setting.value for setting in settings})
@@ -99,13 +99,19 @@ def explained_config(
     return [*(yours.pop(setting.key, setting) for setting in settings), *yours.values()]
 
 
-def _check_alignment(run: Run, shape: ModelShape, world_size: int) -> None:
-    """Refuse shards that DeepSpeed would read back from the disk wrongly.
+def _check_disk(run: Run, shape: ModelShape, world_size: int) -> None:
+    """Refuse what DeepSpeed (0.19.8) gets wrong with a disk.
 
-    It reads each gradient straight into its place among those of its sub-group, and does not look whether that was
-    done (0.19.8, `swap_tensor/partitioned_optimizer_swapper.py`): a place that is not a multiple of 512 bytes keeps
-    what was there before. The trainer's optimizer keeps matrices apart from norms and biases, so they decide alone.
+    Of frozen weights it gives out a buffer twice, and fails at the first step. Each gradient it reads straight into
+    its place among those of its sub-group, and does not look whether that was done
+    (`swap_tensor/partitioned_optimizer_swapper.py`): a place that is not a multiple of 512 bytes keeps what was there
+    before. The trainer's optimizer keeps matrices apart from norms and biases, so matrices decide alone.
     """
+    if run.method.has_adapters and run.zero.offload == "all":
+        raise UserError(
+            f"zero.nvme_path cannot take the frozen weights of method.kind={run.method.kind}; set zero.offload to "
+            "optimizer, or remove zero.nvme_path."
+        )
     vectors = ("bias", "norm")
     matrices = [
         shape.embedding_parameters,

@@ -129,12 +129,20 @@ def test_offload_and_hpz() -> None:
 def test_shares_that_a_disk_would_return_wrongly_are_refused(
     world_size: int, method: dict[str, Any], is_refused: bool
 ) -> None:
-    run = make_run(packs=192, method=method, zero={"stage": 3, "offload": "all", "nvme_path": "/disk"})
+    run = make_run(packs=192, method=method, zero={"stage": 3, "offload": "optimizer", "nvme_path": "/disk"})
     if is_refused:
         with pytest.raises(UserError, match=r"zero\.nvme_path does not work with 12 processes"):
             deepspeed_config(run, world_size)
     else:
         assert deepspeed_config(run, world_size)[ZERO]["offload_optimizer"]["device"] == "nvme"
+
+
+def test_frozen_weights_on_a_disk_are_refused() -> None:
+    run = make_run(method={"kind": "lora"}, zero={"stage": 3, "offload": "all", "nvme_path": "/disk"})
+    with pytest.raises(
+        UserError, match=r"cannot take the frozen weights of method\.kind=lora; set zero\.offload to opt"
+    ):
+        deepspeed_config(run, 8)
 
 
 def test_overrides_replace_and_add() -> None:
