@@ -10,17 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from launch.zero_disk import check_disk
 from launch.zero_overrides import checked_overrides
 from qwen_dist.batch_math import BatchPlan, plan_batch
 from qwen_dist.buckets import NVME_OPTIMIZER_BUFFERS, NVME_PARAMETER_BUFFERS, Buckets, bucket_sizes
 from qwen_dist.config import Run
-from qwen_dist.errors import UserError
 from qwen_dist.shapes import ModelShape, model_shape
 
 NEVER = 1_000_000_000  # steps between DeepSpeed's own progress lines: the trainer prints its own
 # Of transfers to an NVMe disk: bytes of one request, requests under way, threads of one transfer.
 AIO_BLOCK_BYTES, AIO_QUEUE_DEPTH, AIO_THREADS = 1024 * 1024, 32, 8
-ALIGNED_ELEMENTS = 128  # in fp32: 512 bytes, a block of a disk
 
 
 @dataclass(frozen=True)
@@ -91,41 +90,12 @@ def explained_config(
     largest = max(shape.embedding_parameters, *shape.layer_tensors.values())
     sizes = bucket_sizes(shape.hidden_size, shape.layer_parameters, largest, world_size)
     if run.zero.nvme_path is not None:
-        _check_disk(run, shape, world_size)
+        check_disk(run, shape, world_size)
     facts = _Facts(run, batch, gpus_per_node or world_size, sizes, shape, run.cluster.device == "cpu")
     settings = [*_batch(facts), *_numbers(facts), *_zero(facts), *_offload(facts), *_manners()]
     overrides = checked_overrides(run.zero.overrides, {setting.key: setting.value for setting in settings})
     yours = {key: Setting(key, value, "Yours, from zero.overrides.") for key, value in overrides.items()}
     return [*(yours.pop(setting.key, setting) for setting in settings), *yours.values()]
-
-
-def _check_disk(run: Run, shape: ModelShape, world_size: int) -> None:
-    """Refuse what DeepSpeed (0.19.8) gets wrong with a disk.
-
-    Of frozen weights it gives out a buffer twice, and fails at the first step. Each gradient it reads straight into
-    its place among those of its sub-group, and does not look whether that was done
-    (`swap_tensor/partitioned_optimizer_swapper.py`): a place that is not a multiple of 512 bytes keeps what was there
-    before. The trainer's optimizer keeps matrices apart from norms and biases, so matrices decide alone.
-    """
-    if run.method.has_adapters and run.zero.offload == "all":
-        raise UserError(
-            f"zero.nvme_path cannot take the frozen weights of method.kind={run.method.kind}; set zero.offload to "
-            "optimizer, or remove zero.nvme_path."
-        )
-    vectors = ("bias", "norm")
-    matrices = [
-        shape.embedding_parameters,
-        *(n for name, n in shape.layer_tensors.items() if not name.endswith(vectors)),
-    ]
-    if run.method.has_adapters:
-        matrices = list(shape.lora_tensors(run.method.rank, run.method.targets))
-    uneven = next((n for n in matrices if -(-n // world_size) % ALIGNED_ELEMENTS), None)
-    if uneven is not None:
-        raise UserError(
-            f"zero.nvme_path does not work with {world_size} processes: their shares of a matrix of {uneven:,} "
-            "elements are no multiples of 512 bytes, and DeepSpeed would read wrong gradients; use a power of two of "
-            "GPUs, or remove zero.nvme_path."
-        )
 
 
 def _batch(facts: _Facts) -> list[Setting]:
