@@ -24,10 +24,10 @@ def columns() -> int:
 
 
 def details_text(plan: Plan, width: int) -> str:
-    """Memory of a GPU and of a machine by part and moment, and the layouts that were looked at."""
+    """Memory of a GPU and of a machine by part and moment, and the layouts that were looked at; on CPU nothing."""
     memory, hardware = plan.chosen.memory, plan.hardware
     if hardware.gpu is None:
-        return layouts_text(plan, width)
+        return ""
     own = memory_text(f"GB of {hardware.gpu.memory_bytes / GB:.1f} a GPU", memory.gpu, MOMENTS)
     host = memory_text(f"GB of {hardware.host_memory_bytes / GB:,.0f} a machine", memory.hosts, HOST_MOMENTS)
     return "\n\n".join([own, host, layouts_text(plan, width)])
@@ -44,17 +44,14 @@ def memory_text(title: str, moments: Mapping[str, Parts], names: Sequence[str]) 
 def layouts_text(plan: Plan, width: int) -> str:
     """The chosen layout and the others, each with what it needs and why it was not taken."""
     is_wide, layers = width >= WIDE, plan.shape.num_layers
-    head = ["layout", *(["recomputed", "packs", "GB"] if is_wide else []), *(["s/step"] if plan.hardware.gpu else [])]
-    rows = [(*head, "")]
+    rows = [("layout", *(("recomputed", "packs", "GB") if is_wide else ()), "s/step", "")]
     chosen = (plan.chosen, "chosen")
     for option, remark in (chosen, *((option, option.reason) for option in plan.choice.alternatives)):
         layout, row = option.layout, [layout_name(option.layout)]
         if is_wide:
             recomputed = f"{layout.recomputed_layers}/{layers}"
             row += [recomputed, str(layout.packs_per_micro_batch), _gb(needed_bytes(plan.hardware, option.memory))]
-        if plan.hardware.gpu:
-            row.append(f"{option.time.total_s:,.1f}" if option.time else "")
-        rows.append((*row, remark))
+        rows.append((*row, f"{option.time.total_s:,.1f}" if option.time else "", remark))
     return table(rows, is_last_text=True)
 
 

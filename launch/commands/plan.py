@@ -69,7 +69,7 @@ def command(
     elif as_json:
         click.echo(_json(plan_json(plan)))
     else:
-        click.echo(f"{plan_text(plan)}\n\n{details_text(plan, width)}")
+        click.echo("\n\n".join(text for text in (plan_text(plan), details_text(plan, width)) if text))
         verb = "submit" if loaded.run.cluster.kind == "slurm" else "train"
         click.echo(f"\nNext: qwen-dist {verb} {shlex.join([str(run_file), *overrides])}")
     return 0

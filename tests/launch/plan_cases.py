@@ -111,8 +111,8 @@ def documented() -> str:
 
 def main() -> None:
     """Write the table anew."""
-    text = DOC.read_text(encoding="utf-8")
-    DOC.write_text(text.replace(documented(), table()) if documented() else text, encoding="utf-8")
+    before, _, rest = DOC.read_text(encoding="utf-8").partition(START)
+    DOC.write_text(before + START + table() + END + rest.partition(END)[2], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ def test_json_has_the_same_numbers(mixed: Path, cli: Cli) -> None:
     assert numbers["eval"]["rows"] == 1
     packing, mixture = numbers["packing"], numbers["mixture"]
     assert packing["steps_per_epoch"] == -(-packing["packs"] // 4)
+    assert packing["balance"]["zero_stage"] == 2  # as a plan would choose for CPU
     assert packing["balance"]["world_size"] == 2 and packing["balance"]["slowest_over_mean"] >= 1
     assert [one["share_of_rows"] for one in mixture] == [0.2, 0.8]
     assert [one["rows"] for one in mixture] == [6, 24] and mixture[1]["repeats"] == 0.6
