@@ -30,7 +30,7 @@ from qwen_dist.errors import EnvironmentNotReady, RunFailed, UserError, counted
 from qwen_dist.hardware import Hardware, Measured, gpu_named
 from qwen_dist.layout import Layout
 from qwen_dist.processes import LAUNCHER_VARIABLE, name_of_this_process
-from qwen_dist.run_dir import write_json
+from qwen_dist.run_dir import probes_dir, write_json
 
 PROBE_MODULE = "qwen_dist.train.probe"
 TIMEOUT_S = 1800  # of a 14B model 8 layers take about a minute, most of it for their random weights
@@ -73,7 +73,7 @@ class Correction:
 
 def kept_probe(question: Question, layout: Layout) -> Probed | None:
     """What an earlier probe measured for `layout`, if it still holds; None: nothing was measured."""
-    folder = _folder(question.run)
+    folder = probes_dir(question.run)
     if not folder.is_dir():
         return None
     try:
@@ -109,7 +109,7 @@ def run_probe(question: Question, layout: Layout, say: Callable[[str], None] = l
         attention=result["backend"],
         layers=tuple(found["layers"] for found in result["measurements"]),
     )
-    folder = _folder(question.run)
+    folder = probes_dir(question.run)
     record = {**asdict(probed), "asked": _asked(question, layout), "measurements": result["measurements"]}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,10 +219,6 @@ def _last_words(log: Path, code: int) -> str:
         return "The probe was killed, most likely for the memory of this machine; set a lower data.max_tokens."
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return f"The probe ended with exit code {code}: {lines[-1][:300] if lines else 'it said nothing'}"
-
-
-def _folder(run: Run) -> Path:
-    return Path(run.output_dir) / ".probe"
 
 
 def _key(question: Question, layout: Layout) -> str:

@@ -129,6 +129,11 @@ def prepared_dir(run: Run, fingerprint: str) -> Path:
     return cache_dir(run) / fingerprint
 
 
+def probes_dir(run: Run) -> Path:
+    """Where measurements of `plan --probe` lie, of all runs of one output directory."""
+    return Path(run.output_dir) / ".probe"
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader sees the old file or the new one, whole, also after a power loss."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
