@@ -241,19 +241,24 @@ def model_shape(model_path: str) -> ModelShape:
         model_path: a local folder, a bare config.json, or a hub id.
 
     Returns:
-        As its config.json says; of a hub id, by the size in its name; of anything else that of Qwen3-14B.
+        As its config.json says; without one, as of a hub id, by the size in its name; else that of Qwen3-14B.
 
     Raises:
         UserError: its config.json cannot be read.
     """
-    if is_local(model_path):
+    if _has_config(model_path):
         return shape_of_config(read_config(model_path))
     return _known_shape(model_path) or QWEN3_14B
 
 
 def is_known_model(model_path: str) -> bool:
     """Whether `model_shape` knows a model's sizes; else it takes those of Qwen3-14B."""
-    return is_local(model_path) or _known_shape(model_path) is not None
+    return _has_config(model_path) or _known_shape(model_path) is not None
+
+
+def _has_config(model_path: str) -> bool:
+    path = Path(model_path)
+    return is_local(model_path) and (not path.is_dir() or (path / "config.json").exists())
 
 
 def _known_shape(model_path: str) -> ModelShape | None:

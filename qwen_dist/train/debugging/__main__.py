@@ -27,10 +27,8 @@ def main(arguments: list[str]) -> int:
     from qwen_dist.log import start_logging
 
     transformers_logging.disable_progress_bar()
-
     start_logging(0)
     logging.getLogger("qwen_dist").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that only inference uses (0.50)
     logging.getLogger("py.warnings").handlers[:] = [_anomalies()]
     try:
         _run(options)
