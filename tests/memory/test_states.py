@@ -38,6 +38,9 @@ CASES = {
     "qwen2.5-14b, lora of attention, ZeRO-2, 4": (
         "qwen2.5-14b", replace(LORA, stage=2, gpus_per_node=4, targets=("q_proj", "v_proj"), rank=8),
     ),
+    "qwen2.5-14b, lora of keys, ZeRO-2, 7": (  # a seventh of its adapters is an odd number
+        "qwen2.5-14b", replace(LORA, stage=2, gpus_per_node=7, targets=("k_proj",), rank=3),
+    ),
     "qwen3-0.6b, ZeRO-2, 3": ("qwen3-0.6b", replace(FULL, stage=2, gpus_per_node=3)),
     "qwen3-0.6b, ZeRO-3, 64": ("qwen3-0.6b", replace(FULL, nodes=8)),
     "qwen3-4b, fp32, ZeRO-3, 2": ("qwen3-4b", replace(FULL, precision="fp32", gpus_per_node=2)),
