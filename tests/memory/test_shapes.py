@@ -93,5 +93,11 @@ def test_what_a_config_leaves_out(tmp_path: Path) -> None:
     assert shape_of_config({}) == replace(QWEN3_14B, num_kv_heads=40)  # no groups of queries are told
     assert shape_of_config({"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 4}).head_dim == 128
     assert shape_of_config({"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4}).head_dim == 16
+
+
+def test_a_folder_without_config_is_known_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "Qwen3-8B-mine").mkdir()
+    assert model_shape(str(tmp_path / "Qwen3-8B-mine")) == KNOWN_SHAPES["qwen3-8b"]
+    assert not is_known_model(str(tmp_path))
     with pytest.raises(UserError, match="cannot be read"):
-        model_shape(str(tmp_path))
+        model_shape(str(tmp_path / "absent"))
