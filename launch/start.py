@@ -31,8 +31,9 @@ from launch.supervise import read_outcome
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
 from qwen_dist.errors import EXIT_DONE, EnvironmentNotReady, UserError
-from qwen_dist.model_files import check_config, is_local, read_config, require_weights
+from qwen_dist.model_files import check_config, is_local, read_config, require_quantizable, require_weights
 from qwen_dist.run_dir import RunDir, write_atomically, write_json
+from qwen_dist.shapes import model_shape
 
 PLANNED_SOURCE = "plan"
 
@@ -169,6 +170,7 @@ def _check_model(run: Run) -> None:
     from qwen_dist.data.encoding.tokenizer import load_tokenizer
 
     path = run.model.path
+    require_quantizable(run, model_shape(path).num_experts)
     if is_local(path):
         check_config(read_config(path), path, load_tokenizer(run.tokenizer_path, run.model.revision).num_ids)
         require_weights(path)

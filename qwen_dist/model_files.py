@@ -1,6 +1,6 @@
 """A model as the user names it: a hub id, a folder or a config.json, and what is refused of those.
 
-Standard library only.
+Pydantic and the standard library only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_dist.config import Run
 from qwen_dist.errors import UserError
 
 # `model_type` in config.json of the models that we train.
@@ -88,4 +89,28 @@ def require_weights(model_path: str) -> None:
         raise UserError(
             f"model.path={model_path} holds no .safetensors weights; give a folder that does, or its config.json "
             "itself to start from random weights."
+        )
+
+
+def require_quantizable(run: Run, num_experts: int) -> None:
+    """Refuse a model that qlora cannot quantize; nothing is refused of other methods.
+
+    Args:
+        run: the run.
+        num_experts: experts in a layer of its model; 0: a dense one.
+
+    Raises:
+        UserError: random weights, or experts.
+    """
+    if run.method.kind != "qlora":
+        return
+    if run.from_config_only:
+        raise UserError(
+            f"method.kind=qlora needs weights to quantize, and model.path={run.model.path} is a bare config; "
+            "set method.kind=lora."
+        )
+    if num_experts:
+        raise UserError(
+            f"method.kind=qlora: the experts of model.path={run.model.path} are fused tensors, which bitsandbytes "
+            "does not quantize; set method.kind=lora."
         )

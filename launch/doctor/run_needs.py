@@ -113,6 +113,8 @@ def disk(subject: Subject) -> Check | None:
     try:
         room, missing = disk_room(run), missing_room(run, RunDir(Path(run.output_dir) / run.name))
         free = shutil.disk_usage(_existing(Path(run.output_dir))).free
+        if is_local(run.model.path):
+            read_config(run.model.path)
     except UserError:  # no readable config.json: `model` says so
         return None
     except OSError as error:

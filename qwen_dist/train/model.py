@@ -13,8 +13,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwen_dist.config import Model, Run
 from qwen_dist.errors import UserError
-from qwen_dist.model_files import require_weights
-from qwen_dist.train.quantize import keep_packing, quantized_loading, require_quantizable
+from qwen_dist.model_files import require_quantizable, require_weights
+from qwen_dist.train.quantize import keep_packing, quantized_loading, require_bitsandbytes
 
 
 def torch_dtype(precision: str) -> torch.dtype:
@@ -62,7 +62,8 @@ def build_model(
     config.use_cache = False
     dtype = torch_dtype(run.model.precision)
     if run.method.kind == "qlora":
-        require_quantizable(run, config.to_dict())
+        require_quantizable(run, config.to_dict().get("num_experts") or 0)
+        require_bitsandbytes()
     with _sharded_creation(ds_config):
         if run.from_config_only:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

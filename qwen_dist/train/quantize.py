@@ -13,32 +13,17 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from qwen_dist.config import Run
-from qwen_dist.errors import EnvironmentNotReady, UserError
+from qwen_dist.errors import EnvironmentNotReady
 
 BLOCK_SIZE = 64
 
 
-def require_quantizable(run: Run, config: dict[str, Any]) -> None:
-    """Refuse what cannot be trained with a 4-bit base.
-
-    Args:
-        run: a run with method.kind qlora.
-        config: the model's config.json.
+def require_bitsandbytes() -> None:
+    """Refuse to quantize without the package.
 
     Raises:
         EnvironmentNotReady: bitsandbytes is not installed.
-        UserError: random weights, or experts.
     """
-    if run.from_config_only:
-        raise UserError(
-            f"method.kind=qlora needs weights to quantize, and model.path={run.model.path} is a bare config; "
-            "set method.kind=lora."
-        )
-    if config.get("num_experts"):
-        raise UserError(
-            f"method.kind=qlora: the experts of model.path={run.model.path} are fused tensors, which bitsandbytes "
-            "does not quantize; set method.kind=lora."
-        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise EnvironmentNotReady(
             "method.kind=qlora needs the package bitsandbytes; install it with pip install 'qwen-dist[quant]', or set "

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from qwen_dist.config import Data, Method, Model, Run, Source
 from qwen_dist.errors import EnvironmentNotReady, UserError
+from qwen_dist.model_files import require_quantizable
 from qwen_dist.train.model import build_model
-from qwen_dist.train.quantize import require_quantizable, round_to_nf4
+from qwen_dist.train.quantize import require_bitsandbytes, round_to_nf4
 from tests.serve.tiny_model import tiny_config
 
 pytest.importorskip("bitsandbytes")
@@ -55,12 +56,13 @@ def test_an_export_reads_the_base_as_it_is(base):
 def test_what_cannot_be_quantized_is_a_sentence(base, monkeypatch):
     folder, _ = base
     with pytest.raises(UserError, match="is a bare config; set"):
-        require_quantizable(run_of(folder / "config.json"), {})
+        require_quantizable(run_of(folder / "config.json"), 0)
     with pytest.raises(UserError, match="experts"):
-        require_quantizable(run_of(folder), {"num_experts": 4})
+        require_quantizable(run_of(folder), 4)
+    require_quantizable(run_of(folder), 0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EnvironmentNotReady, match="needs the package bitsandbytes"):
-        require_quantizable(run_of(folder), {})
+        require_bitsandbytes()
 
 
 @pytest.mark.parametrize(("section", "problem"), [("zero", "zero.stage 2"), ("model", "precision to bf16")])
