@@ -166,7 +166,7 @@ class Ranks:
         if stop.is_forced or stop.before_ranks:
             _send(self._descendants(), signal.SIGKILL)
         elif stop.asked is not None:
-            listening = [rank for rank in self._ranks() if _catches(rank.pid, signal.SIGUSR1)]
+            listening = [rank for rank in self._ranks() if catches(rank.pid, signal.SIGUSR1)]
             new = [rank for rank in listening if rank.pid not in self.told]
             _send(new, stop.asked)
             self.told |= {rank.pid for rank in new}
@@ -201,7 +201,7 @@ def _is_trainer(process: psutil.Process) -> bool:
     return ("-m", TRAINER_MODULE) in itertools.pairwise(words)
 
 
-def _catches(pid: int, number: int) -> bool:
+def catches(pid: int, number: int) -> bool:
     """Whether the process has a handler for the signal, by proc(5)'s status."""
     try:
         with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:

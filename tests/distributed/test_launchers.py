@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.supervise import catches
 from qwen_dist.lease import held
 from tests.distributed.runs import finish, qwen_dist, start, step_metrics, wait_for_step, write_run_file
 
@@ -79,13 +82,32 @@ def test_a_trainer_beside_a_live_run(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGUSR1, "stopped before a step was made"),
+        # Launchers send it to ranks whose peer has failed, too: it must not make such a run look resumable at once.
+        (signal.SIGTERM, "stopped and saved at step 1"),
+    ],
+)
+def test_a_stop_while_the_trainer_starts(number: int, message: str, tmp_path: Path) -> None:
+    path = write_run_file(tmp_path, "run")
+    qwen_dist("train", str(path), "cluster.gpus_per_node=1", "--dry-run")
+    run_dir = tmp_path / "runs" / "run"
+    process = launch("plain", run_dir)
+    wait_for(lambda: catches(process.pid, signal.SIGUSR1))
+    process.send_signal(number)
+    finish(process, expected_code=75)
+    assert json.loads((run_dir / "outcome.json").read_text())["message"] == message
+
+
 def test_a_killed_launcher_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9 of `qwen-dist train`: its ranks end by themselves, and the same command takes the run over at once."""
     monkeypatch.setenv("MARK", mark := uuid.uuid4().hex)
     path, run_dir = write_run_file(tmp_path, "run", length={"max_steps": 400}), tmp_path / "runs" / "run"
 
     def wait_for_a_rank() -> None:
-        wait_for(lambda: any("qwen_dist.train" in words(found) for found in processes(mark)))
+        wait_for(lambda: any(is_rank(found) for found in processes(mark)))
 
     for moment in ("at its start", "in a step"):
         process = start("train", str(path))
@@ -103,11 +125,11 @@ def test_a_killed_launcher_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert not processes(mark)
 
 
-def words(process: psutil.Process) -> list[str]:
+def is_rank(process: psutil.Process) -> bool:
     try:
-        return process.cmdline()
+        return ("-m", "qwen_dist.train") in itertools.pairwise(process.cmdline())
     except psutil.Error:
-        return []
+        return False
 
 
 def wait_for(condition, timeout_s: float = 90) -> None:

@@ -129,7 +129,7 @@ def test_a_stop_before_the_first_step(machines, run_file, tmp_path):
     path, mark = run_file()
     process = start("train", str(path))
     deadline = time.monotonic() + 60
-    while not any("qwen_dist.train" in words for words in machines.processes(mark)):
+    while not any("-m qwen_dist.train" in words for words in machines.processes(mark)):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
