@@ -14,6 +14,8 @@ from qwen_dist.config import Run
 from qwen_dist.errors import EnvironmentNotReady, UserError
 
 TRAINER_MODULE = "qwen_dist.train"
+# Also of a run that was stopped and saved, DeepSpeed's launcher (0.19.8) would log an error.
+SILENT = ("--log_level", "critical")
 INTERFACE_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 # What tells a process its place in a group; left over from another job, it would mislead a trainer of our own.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -92,7 +94,7 @@ def trainer_argv(
             f"DeepSpeed starts GPUs by index, not by a name like {names[0]}; set CUDA_VISIBLE_DEVICES to indices."
         )
     devices = ["--include", f"localhost:{','.join(gpus)}"] if gpus else ["--num_gpus", str(num_processes)]
-    runner = [python, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank", *devices]
+    runner = [python, "-m", "deepspeed.launcher.runner", *SILENT, "--no_local_rank", *devices]
     return [*runner, "--master_port", str(master_port), "--module", TRAINER_MODULE, str(run_dir)]
 
 
@@ -108,7 +110,7 @@ def node_argv(run_dir: Path, python: str, nodes: int, per_node: int, node: int, 
     """
     world = json.dumps({f"node{number}": list(range(per_node)) for number in range(nodes)})
     place = ["--node_rank", str(node), "--master_addr", master[0], "--master_port", str(master[1])]
-    launcher = [python, "-u", "-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank", *place]
+    launcher = [python, "-u", "-m", "deepspeed.launcher.launch", *SILENT, "--no_local_rank", *place]
     world_info = base64.urlsafe_b64encode(world.encode()).decode()
     return [*launcher, "--world_info", world_info, "--module", TRAINER_MODULE, str(run_dir)]
 

@@ -79,8 +79,8 @@ def supervise(
     """
     run_dir.outcome.unlink(missing_ok=True)
     with stop_signals() as stop:
-        Ranks(argv, environ).run(stop, orphan_grace_s)
-    return outcome_of(run_dir, stop)
+        code = Ranks(argv, environ).run(stop, orphan_grace_s)
+    return outcome_of(run_dir, stop, silence_of(code))
 
 
 def read_outcome(run_dir: RunDir) -> Outcome | None:
@@ -92,8 +92,20 @@ def read_outcome(run_dir: RunDir) -> Outcome | None:
         return None
 
 
-def outcome_of(run_dir: RunDir, stop: Stop, silence: str = "the trainer ended without a word") -> Outcome:
-    """How the attempt ended, by what rank 0 recorded, or by what is known without it."""
+def silence_of(code: int) -> str:
+    """What is known of a trainer that recorded nothing, by the exit code of what started it.
+
+    DeepSpeed's launcher (0.19.8) exits with the code of the rank that died first, -9 after kill -9: 247 for a shell.
+    """
+    number = -code if code < 0 else 256 - code
+    if number == signal.SIGKILL:
+        return "a process was killed (SIGKILL), as the system does when memory runs out"
+    names = {int(known): known.name for known in signal.Signals}
+    return f"a process died of {names[number]}" if number in names else "the trainer ended without a word"
+
+
+def outcome_of(run_dir: RunDir, stop: Stop, silence: str) -> Outcome:
+    """How the attempt ended, by what rank 0 recorded, or by what is known without it: `silence`, in words."""
     if found := read_outcome(run_dir):
         return found
     if stop.before_ranks and not stop.is_forced:

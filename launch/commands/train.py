@@ -66,7 +66,12 @@ def command(run_file: Path, overrides: tuple[str, ...], hostfile: Path | None, d
     if code is not None:
         return code
     if hostfile is not None:
-        overrides = (*overrides, "cluster.kind=hosts", f"cluster.hostfile={json.dumps(str(hostfile))}")
+        overrides = (
+            *overrides,
+            "cluster.kind=hosts",
+            "cluster.hosts=[]",
+            f"cluster.hostfile={json.dumps(str(hostfile))}",
+        )
     loaded = load_run(run_file, overrides)
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}", err=True)

@@ -166,13 +166,13 @@ def test_a_machine_that_does_not_see_the_run_directory(machines, run_file, tmp_p
 
 def test_a_hostfile_on_the_command_line(machines, run_file, tmp_path):
     """A dry run asks no machine; its lines are the commands of each."""
-    path, _ = run_file(kind="local", hosts=[], gpus_per_node="auto")
+    path, _ = run_file(gpus_per_node="auto")
     (tmp_path / "hosts").write_text(f"one slots=2\n{DEAD} slots=2\n")
     output = qwen_dist("train", str(path), "--hostfile", str(tmp_path / "hosts"), "--dry-run")
     assert "Start it with, a line on each machine:" in output
     lines = (tmp_path / "runs" / "far" / "command.txt").read_text().splitlines()
     assert output.splitlines()[-2:] == lines
     for node, line in enumerate(lines):
-        assert f"-m deepspeed.launcher.launch --quiet --no_local_rank --node_rank {node} " in line
+        assert f"-m deepspeed.launcher.launch --log_level critical --no_local_rank --node_rank {node} " in line
         assert "--master_addr 127.0.0.2 --master_port 29500 " in line
     assert subprocess.run(["bash", "-n"], input="\n".join(lines), text=True).returncode == 0

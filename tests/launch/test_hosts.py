@@ -86,7 +86,7 @@ def test_one_process_is_started_plainly():
 def test_several_are_started_by_deepspeed():
     line = " ".join(trainer_argv(Path("/r"), "py", 2, 1234))
     assert line == (
-        "py -m deepspeed.launcher.runner --quiet --no_local_rank --num_gpus 2 "
+        "py -m deepspeed.launcher.runner --log_level critical --no_local_rank --num_gpus 2 "
         "--master_port 1234 --module qwen_dist.train /r"
     )
 
