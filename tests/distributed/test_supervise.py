@@ -222,6 +222,4 @@ def test_a_killed_rank_fails_the_run(start):
     os.kill(attempt.wait_for_ranks()[0], signal.SIGKILL)
     code, words = attempt.end()
     assert code == 1
-    assert words.startswith(
-        "a rank was killed (SIGKILL), as the system does when memory runs out; its last lines are in"
-    )
+    assert words.startswith("a process was killed (SIGKILL), as the system does when memory runs out; its last")
