@@ -37,9 +37,10 @@ def hardware_of(run: Run, per_node: int) -> Hardware:
         UserError: a GPU that is not known, or one without bfloat16.
     """
     cluster, nodes = run.cluster, num_nodes(run)
-    is_here = cluster.kind == "local"
+    # A number of GPUs where there are none is a plan for another machine.
+    is_here = cluster.kind == "local" and (cluster.device == "cpu" or bool(seen_gpus()))
     assumed: list[str] = []
-    gpu = None if cluster.device == "cpu" else _gpu_of(run, seen_gpus() if is_here and not cluster.gpu else {}, assumed)
+    gpu = None if cluster.device == "cpu" else _gpu_of(run, seen_gpus() if is_here else {}, assumed)
     host_bytes = round(cluster.host_memory_gb * GB) if cluster.host_memory_gb else 0
     host_bytes = host_bytes or _slurm_memory(cluster.mem) or (machine_memory() if is_here else 0)
     if not host_bytes:

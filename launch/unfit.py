@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from launch.choose import Option, Question, fits_somehow, gigabytes, options
+from launch.choose import Option, Question, fits_somehow, gigabytes, needed_bytes, options
 from qwen_dist.config import Batch, Method, Run, Zero
 from qwen_dist.errors import UserError
 
@@ -17,7 +17,7 @@ MAX_REMEDIES = 3  # that an error names
 def refusal(question: Question) -> str:
     """One sentence: what was asked for, what the nearest layout needs, and what would fit."""
     run, hardware = question.run, question.hardware
-    nearest = min(options(question), key=lambda option: (option.memory.peak, option.memory.host))
+    nearest = _nearest(question)
     count = hardware.world_size
     where = f"{count} {'GPU' if hardware.gpu else 'process'}{('s' if hardware.gpu else 'es') if count > 1 else ''}"
     what = {"full": "full training", "lora": "LoRA", "qlora": "QLoRA"}[run.method.kind]
@@ -28,6 +28,16 @@ def refusal(question: Question) -> str:
     found = list(_remedies(question, nearest))[:MAX_REMEDIES]
     fix = f"what would fit: {', or '.join(found)}" if found else "use a smaller model"
     return f"{asked}: {lacks}; {fix}."
+
+
+def _nearest(question: Question) -> Option:
+    """Of the layouts that a GPU could hold, the one that asks least of the host; where there is none, of the GPU."""
+    hardware = question.hardware
+    every = list(options(question))
+    in_gpu = [option for option in every if needed_bytes(hardware, option.memory) <= hardware.process_memory_bytes]
+    if in_gpu:
+        return min(in_gpu, key=lambda option: option.memory.host)
+    return min(every, key=lambda option: option.memory.peak)
 
 
 def _fixed(run: Run) -> list[str]:

@@ -258,3 +258,9 @@ def test_a_refusal_is_one_sentence(question):
         sentence = refusal(question)
         assert sentence.count("\n") == 0 and sentence.endswith(".")
         assert "does not fit on" in sentence and ("what would fit: " in sentence or "use a smaller model" in sentence)
+
+
+def test_too_little_host_memory_is_told_by_the_layout_that_needs_least_of_it():
+    sentence = said(ask(gpus=8, host_gb=25))
+    assert "the host needs 92 GB of 25 at the least" in sentence
+    assert "machines with 92 GB of memory (cluster.host_memory_gb)" in sentence

@@ -133,3 +133,12 @@ def test_on_cpu_there_is_no_gpu():
     assert hardware.gpu is None
     assert hardware.process_memory_bytes == machine_memory() // 2 > 0
     assert hardware.assumed == ()
+
+
+def test_gpus_where_there_are_none_are_those_of_another_machine(monkeypatch):
+    monkeypatch.setattr(machine, "machine_memory", lambda: 25 * 10**9)
+    monkeypatch.setattr(machine, "seen_gpus", dict)
+    assert hardware_of(run_on(gpus_per_node=8), 8).host_memory_bytes == 8 * 128 * 10**9
+    assert hardware_of(run_on(gpus_per_node=2, device="cpu"), 2).host_memory_bytes == 25 * 10**9
+    monkeypatch.setattr(machine, "seen_gpus", lambda: {"NVIDIA H100 80GB HBM3": 0})
+    assert hardware_of(run_on(gpus_per_node=8), 8).host_memory_bytes == 25 * 10**9
