@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from launch.choose import choose
 from launch.gpus import visible_gpus
 from launch.hosts import inherited_environment, processes_per_node, trainer_environment
-from launch.machine import computes_flash_attention, hardware_of
+from launch.plan.choose import choose
+from launch.plan.machine import computes_flash_attention, hardware_of
 from launch.planner import question_of, resolved
-from launch.run_file import COMMAND_LINE, Loaded, load_run
+from launch.runfile.load import COMMAND_LINE, Loaded, load_run
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run, Tracking
 from qwen_dist.errors import EXIT_RUN_FAILED, UserError

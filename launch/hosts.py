@@ -9,7 +9,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.hostfile import hosts_of
+from launch.ssh.hostfile import hosts_of
 from qwen_dist.config import Run
 from qwen_dist.errors import EnvironmentNotReady, UserError
 

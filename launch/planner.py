@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from launch.choose import Choice, Option, Question, choose
-from launch.unfit import refusal
+from launch.plan.choose import Choice, Option, Question, choose
+from launch.plan.unfit import refusal
 from qwen_dist.batch_math import BatchPlan, num_steps_of, plan_batch, total_steps
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError
@@ -15,7 +15,7 @@ from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape, is_known_model, model_shape
 
 if TYPE_CHECKING:
-    from launch.probe import Correction
+    from launch.plan.probe import Correction
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launch.run_file import Loaded
+from launch.runfile.load import Loaded
 
 PACKAGES = ("qwen-dist", "torch", "transformers", "deepspeed", "peft", "tokenizers", "numpy", "wandb")
 

@@ -12,8 +12,8 @@ import jinja2
 
 from launch.doctor.in_job import PREFLIGHT_MODULE
 from launch.hosts import processes_per_node, trainer_environment
-from launch.mounts import mounts_of
-from launch.sbatch_options import directive, one_line, sbatch_options
+from launch.slurm.mounts import mounts_of
+from launch.slurm.options import directive, one_line, sbatch_options
 from qwen_dist.config import Cluster, Run
 from qwen_dist.errors import UserError
 

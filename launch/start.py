@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launch.attempt import check_data, decide, flat, look, with_recorded_choice
-from launch.corrected import corrected_plan
-from launch.data_counts import exact_counts, quick_counts
 from launch.gpus import visible_gpus
 from launch.hosts import (
     free_port,
@@ -19,14 +17,16 @@ from launch.hosts import (
     trainer_environment,
     world_size_of,
 )
-from launch.machine import computes_flash_attention, hardware_of
+from launch.plan.corrected import corrected_plan
+from launch.plan.data_counts import exact_counts, quick_counts
+from launch.plan.machine import computes_flash_attention, hardware_of
 from launch.planner import DataCounts, Plan, question_of, require_choice, resolved
 from launch.prepare_data import prepare_shown
 from launch.record import make_record
-from launch.run_file import Loaded
+from launch.runfile.load import Loaded
 from launch.sbatch import sbatch_text
-from launch.ssh import Cluster, node_argvs, planned_cluster
-from launch.stop_lead import stop_lead_s
+from launch.slurm.stop_lead import stop_lead_s
+from launch.ssh.cluster import Cluster, node_argvs, planned_cluster
 from launch.supervise import read_outcome
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launch.zero_disk import check_disk
-from launch.zero_overrides import checked_overrides
+from launch.ds.disk import check_disk
+from launch.ds.overrides import checked_overrides
 from qwen_dist.batch_math import BatchPlan, plan_batch
 from qwen_dist.buckets import NVME_OPTIMIZER_BUFFERS, NVME_PARAMETER_BUFFERS, Buckets, bucket_sizes
 from qwen_dist.config import Run

@@ -1,7 +1,7 @@
 """The run file: what a user decides, checked once, frozen afterwards.
 
 Every field has a default, a unit in its name or its help, and one line of help. Reading YAML, the environment
-and the command line is `launch/run_file.py`; the trainer reads the resolved form from `run.json`.
+and the command line is `launch/runfile/load.py`; the trainer reads the resolved form from `run.json`.
 """
 
 from __future__ import annotations

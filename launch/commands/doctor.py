@@ -36,7 +36,7 @@ def command(path: Path | None, overrides: tuple[str, ...], in_job: bool, as_json
         return _in_job(path, overrides, as_json)
     from launch.doctor.doctor import examine, exit_code
     from launch.doctor.view import summary, terminal_width, text_of
-    from launch.run_file import load_run
+    from launch.runfile.load import load_run
 
     loaded = load_run(path, overrides) if path is not None else None
     for warning in loaded.warnings if loaded is not None else ():

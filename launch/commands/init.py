@@ -29,8 +29,8 @@ Example:
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
 def command(path: Path, data: str, model: str, method: str, slurm: bool, force: bool) -> int:
     """Write a run file with comments, to edit."""
-    from launch.run_paths import resolve_model_path
-    from launch.run_template import run_template
+    from launch.runfile.paths import resolve_model_path
+    from launch.runfile.template import run_template
     from qwen_dist.run_dir import write_atomically
 
     if path.is_dir():

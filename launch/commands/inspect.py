@@ -49,7 +49,7 @@ def command(run_file: Path, overrides: tuple[str, ...], **options: Any) -> int:
     weights where any is not 1.
     """
     from launch.inspect.dataset import open_dataset
-    from launch.run_file import load_run
+    from launch.runfile.load import load_run
 
     _refuse_contradictions(options)
     loaded = load_run(run_file, overrides)
@@ -127,7 +127,7 @@ def _diff(dataset: Dataset, options: dict[str, Any], run_file: Path) -> int:
     from launch.inspect.diff import compare
     from launch.inspect.diff_view import show_diff
     from launch.inspect.table import console_on
-    from launch.run_file import load_run
+    from launch.runfile.load import load_run
 
     other = load_run(options["diff"])
     number = NUM_DIFF_ROWS if options["samples"] is None else options["samples"]

@@ -41,13 +41,13 @@ def command(
     Figures marked ≈ are estimated from a part of the rows. Time and memory are computed, or
     measured by --probe; see docs/plan.md.
     """
-    from launch.plan_command import planned
-    from launch.plan_json import plan_json, scaled_json, settings_json
-    from launch.probe import kept_probe, run_probe
-    from launch.run_file import load_run
-    from launch.scaling import scaled
+    from launch.plan.as_json import plan_json, scaled_json, settings_json
+    from launch.plan.planned import planned
+    from launch.plan.probe import kept_probe, run_probe
+    from launch.plan.scaling import scaled
+    from launch.plan.tables import columns, details_text, explained_text, scaling_text
+    from launch.runfile.load import load_run
     from launch.show import plan_text
-    from launch.show_plan import columns, details_text, explained_text, scaling_text
     from launch.zero import explained_config
 
     if what_if is not None and explain_zero:

@@ -32,7 +32,7 @@ with the rest; several at once share the work.
 @click.option("--json", "as_json", is_flag=True, help="For a machine to read.")
 def command(run_file: Path, overrides: tuple[str, ...], workers: int | None, as_json: bool) -> int:
     """Tokenize training and held-out data once, into a cache that inspect, plan and train use."""
-    from launch.run_file import load_run
+    from launch.runfile.load import load_run
     from launch.show import aligned
 
     loaded = load_run(run_file, overrides)

@@ -12,7 +12,7 @@ import click
 from qwen_dist.errors import EXIT_DONE, UserError
 
 if TYPE_CHECKING:
-    from launch.run_file import Loaded
+    from launch.runfile.load import Loaded
 
 EPILOG = """\b
 Example:
@@ -37,7 +37,7 @@ def command(
     run_file: Path, overrides: tuple[str, ...], dry_run: bool, test_only: bool, after: str | None, seeds: str | None
 ) -> int:
     """Submit a run to Slurm. Its job saves before its time is up, and starts again until the run is finished."""
-    from launch.run_file import load_run
+    from launch.runfile.load import load_run
 
     if dry_run and test_only:
         raise UserError("--dry-run and --test-only exclude each other; choose one.")
@@ -68,7 +68,7 @@ def _seeds_of(text: str) -> list[int]:
 
 
 def _test_only(runs: list[Loaded], after: str | None) -> int:
-    from launch.slurm import start_estimate
+    from launch.slurm.client import start_estimate
 
     for loaded in runs:
         text, environ = _script_of(loaded)
@@ -82,8 +82,8 @@ def _script_of(loaded: Loaded) -> tuple[str, dict[str, str]]:
 
     from launch.hosts import processes_per_node
     from launch.sbatch import sbatch_text
-    from launch.sbatch_options import sbatch_options, without_overrides
-    from launch.stop_lead import stop_lead_s
+    from launch.slurm.options import sbatch_options, without_overrides
+    from launch.slurm.stop_lead import stop_lead_s
     from qwen_dist.run_dir import RunDir
 
     run = loaded.run
@@ -94,8 +94,9 @@ def _script_of(loaded: Loaded) -> tuple[str, dict[str, str]]:
 
 
 def _submit(runs: list[Loaded], dry_run: bool, after: str | None) -> int:
-    from launch import slurm, submission
     from launch.show import plan_text, short_path
+    from launch.slurm import client as slurm
+    from launch.slurm import submission
     from launch.start import make_start
     from qwen_dist.run_dir import RunDir
 

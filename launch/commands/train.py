@@ -13,7 +13,7 @@ import click
 from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
 
 if TYPE_CHECKING:
-    from launch.ssh import Cluster
+    from launch.ssh.cluster import Cluster
     from launch.start import Start
     from qwen_dist.config import Run
     from qwen_dist.lease import Holder
@@ -57,7 +57,7 @@ def command(run_file: Path, overrides: tuple[str, ...], hostfile: Path | None, d
     Resumes a run that is already there.
     """
     from launch.debug import asked_to_look
-    from launch.run_file import load_run
+    from launch.runfile.load import load_run
     from launch.show import plan_text, short_path
     from launch.start import make_start
     from qwen_dist.lease import held
@@ -97,7 +97,7 @@ def command(run_file: Path, overrides: tuple[str, ...], hostfile: Path | None, d
 
 def _machines(run: Run) -> Cluster:
     """The machines of a run over ssh, each of which has answered."""
-    from launch.ssh import logins_not_passed_on, look_at_hosts
+    from launch.ssh.cluster import logins_not_passed_on, look_at_hosts
     from qwen_dist.run_dir import RunDir
 
     if warning := logins_not_passed_on(os.environ):
@@ -113,7 +113,7 @@ def _end_for(holder: Holder) -> None:
 
 def _train(start: Start, folder: str, token: str, run: Run, cluster: Cluster | None) -> int:
     from launch.hosts import inherited_environment
-    from launch.ssh import run_on_hosts
+    from launch.ssh.cluster import run_on_hosts
     from launch.supervise import supervise
     from qwen_dist.lease import LEASE_VARIABLE
 

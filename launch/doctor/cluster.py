@@ -14,7 +14,7 @@ from qwen_dist.run_dir import RunDir
 def slurm(subject: Subject) -> Check | None:
     """Whether Slurm would take the run's own script, and when it would start."""
     from launch.sbatch import sbatch_text
-    from launch.slurm import start_estimate
+    from launch.slurm.client import start_estimate
 
     run = subject.run
     if run is None or run.cluster.kind != "slurm":
@@ -36,7 +36,7 @@ def judge_estimate(words: str) -> str:
 
 def hosts(subject: Subject) -> Check | None:
     """Whether all machines answer by ssh, and can take part."""
-    from launch.ssh import look_at_hosts
+    from launch.ssh.cluster import look_at_hosts
 
     run = subject.run
     if run is None or run.cluster.kind != "hosts":

@@ -172,7 +172,7 @@ def _balance(run: Run, plan: StepPlan) -> dict[str, Any] | None:
     Ranks of ZeRO-3 wait for each other in every layer, so each micro-step takes as long as its costliest pack; those
     of ZeRO-2 once a step.
     """
-    from launch.plan_command import likely_stage
+    from launch.plan.planned import likely_stage
 
     world_size = world_size_of_run(run)
     if world_size == 1:

@@ -30,7 +30,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     """Trainable parameters in two groups: matrices decay, vectors (norms, biases) do not.
 
     Under ZeRO-3 a parameter's own shape is empty; `ds_shape` holds the real one. Empty groups are left out. Apart from
-    vectors, the shares of matrices lie at whole blocks of a disk, which zero.nvme_path needs (`launch/zero_disk.py`).
+    vectors, the shares of matrices lie at whole blocks of a disk, which zero.nvme_path needs (`launch/ds/disk.py`).
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trainable if len(getattr(parameter, "ds_shape", parameter.shape)) >= 2]

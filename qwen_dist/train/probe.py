@@ -2,7 +2,7 @@
 
 The engine is the run's own: DeepSpeed, optimizer, adapters, attention, recompute. Weights are random, tokens too: what
 a step takes does not depend on their values. Layers are alike, so two depths tell what one costs and what the rest
-does: `launch/probe.py` draws the line through them to the whole model. One process, nothing is sharded.
+does: `launch/plan/probe.py` draws the line through them to the whole model. One process, nothing is sharded.
 
 Shapes: T tokens of a sample.
 """

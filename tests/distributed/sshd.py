@@ -62,7 +62,7 @@ class Machines:
         for process in psutil.process_iter():
             try:
                 environ, words = process.environ(), process.cmdline()
-                is_far_end = f" {self.port}" in environ.get("SSH_CONNECTION", "") and "launch.remote" in words
+                is_far_end = f" {self.port}" in environ.get("SSH_CONNECTION", "") and "launch.ssh.remote" in words
                 is_ssh = words[:1] == ["ssh"] and str(self.config) in words
                 if is_far_end or is_ssh or environ.get("MARK") == mark:
                     found.append(f"{process.pid} {' '.join(words)}")

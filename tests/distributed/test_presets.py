@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch.presets import PRESETS, Size, preset
+from launch.ds.presets import PRESETS, Size, preset
 from qwen_dist.shapes import shape_of_config
 from tests.distributed.runs import REPO, SMALL_QWEN3, WIDE_QWEN3, skip_without_disk_io
 

@@ -30,7 +30,7 @@ import yaml
 from pydantic import BaseModel
 
 from launch.cli import group, main
-from launch.run_file import load_run
+from launch.runfile.load import load_run
 from qwen_dist.config import Curriculum, Data, Source, SystemMessage, TextSplit
 from qwen_dist.data.cache.prepare import prepare
 from qwen_dist.data.cache.prepared import NOT_TRAINED, Prepared

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.run_file import load_run
+from launch.runfile.load import load_run
 from qwen_dist.batch_math import plan_batch
 from qwen_dist.data.cache.prepare import prepare
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.choose import Choice, Question, choose
+from launch.plan.choose import Choice, Question, choose
 from launch.show import layout_text
 from qwen_dist.config import Batch, Data, Method, Model, Run, Source
 from qwen_dist.hardware import GB, Hardware, gpu_named

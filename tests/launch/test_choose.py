@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.choose import Option, Question, choose, corrected, evaluated, lack, layouts, least_recompute, options
-from launch.unfit import refusal
+from launch.plan.choose import Option, Question, choose, corrected, evaluated, lack, layouts, least_recompute, options
+from launch.plan.unfit import refusal
 from qwen_dist.config import Batch, Data, Method, Model, Run, Source, Zero
 from qwen_dist.hardware import GB, GPUS, Hardware, Measured, gpu_named
 from qwen_dist.layout import Layout

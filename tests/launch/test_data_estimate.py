@@ -14,11 +14,11 @@ import pytest
 import yaml
 import zstandard
 
-from launch import estimate_units
-from launch.data_counts import exact_counts, quick_counts
-from launch.data_estimate import estimated_counts
+from launch.plan import estimate_units
+from launch.plan.data_counts import exact_counts, quick_counts
+from launch.plan.data_estimate import estimated_counts
 from launch.planner import DataCounts
-from launch.run_file import load_run
+from launch.runfile.load import load_run
 from qwen_dist.config import Run
 from qwen_dist.data.cache.inputs import read_inputs
 from qwen_dist.data.cache.prepare import prepare

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.debug import debugged
-from launch.run_file import load_run
+from launch.runfile.load import load_run
 from tests.launch.conftest import Result, snapshot, write_run
 
 Cli = Callable[..., Result]

@@ -17,7 +17,7 @@ import pytest
 from launch.doctor import cluster, doctor, machine, run_needs, software
 from launch.doctor.check import Check, Subject, refused
 from launch.doctor.view import summary, text_of
-from launch.run_file import load_run
+from launch.runfile.load import load_run
 from qwen_dist.config import Run
 from qwen_dist.disk_room import disk_room
 from qwen_dist.errors import EnvironmentNotReady, UserError
@@ -349,7 +349,7 @@ def test_a_model_of_the_hub_that_is_nowhere(project):
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(project / "hub")}
     code = f"""
 from launch.doctor import run_needs
-from launch.run_file import load_run
+from launch.runfile.load import load_run
 from tests.launch.test_doctor import subject
 print(run_needs.model(subject(load_run({str(run_file)!r}, (), {{}}).run)))
 """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launch import machine
-from launch.machine import computes_flash_attention, hardware_of, machine_memory
+from launch.plan import machine
+from launch.plan.machine import computes_flash_attention, hardware_of, machine_memory
 from qwen_dist.config import Cluster, Data, Model, Run, Source
 from qwen_dist.errors import UserError
 from qwen_dist.hardware import GPUS, gpu_named

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from launch.hostfile import Host, hosts_of, read_hostfile
 from launch.hosts import num_nodes, processes_per_node, world_size_of
+from launch.ssh.hostfile import Host, hosts_of, read_hostfile
 from qwen_dist.config import Cluster, Data, Model, Run, Source
 from qwen_dist.errors import UserError
 from tests.launch.conftest import write_run

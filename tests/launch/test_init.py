@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.run_file import load_run
-from launch.run_problems import all_keys
-from launch.run_template import run_template
+from launch.runfile.load import load_run
+from launch.runfile.problems import all_keys
+from launch.runfile.template import run_template
 
 
 @pytest.mark.parametrize("option", ["--full", "--lora", "--qlora"])

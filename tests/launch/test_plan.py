@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from launch.data_counts import quick_counts
-from launch.data_estimate import estimated_counts
+from launch.plan.data_counts import quick_counts
+from launch.plan.data_estimate import estimated_counts
+from launch.plan.scaling import scaled
+from launch.plan.tables import MOMENTS, details_text, memory_text, scaling_text
 from launch.planner import DataCounts, make_plan, question_of
-from launch.run_file import load_run
-from launch.scaling import scaled
+from launch.runfile.load import load_run
 from launch.show import plan_text
-from launch.show_plan import MOMENTS, details_text, memory_text, scaling_text
 from qwen_dist.config import Batch, Data, Length, Method, Model, Run, Source, Zero
 from qwen_dist.data.cache.inputs import read_inputs
 from qwen_dist.data.cache.prepare import prepare
@@ -201,7 +201,7 @@ def test_prepared_data_is_not_tokenized_again(project, monkeypatch):
     def refuse(*args):
         raise AssertionError("estimated what is known")
 
-    monkeypatch.setattr("launch.data_counts.estimated_counts", refuse)
+    monkeypatch.setattr("launch.plan.data_counts.estimated_counts", refuse)
     assert quick_counts(run).is_exact
 
 

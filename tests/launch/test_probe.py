@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from launch import probe
-from launch.choose import Question, evaluated, layouts, work_of
-from launch.probe import kept_probe, make_spec, run_probe
-from launch.probe_math import depths_that_fit, measured_of, probe_layout
+from launch.plan import probe
+from launch.plan.choose import Question, evaluated, layouts, work_of
+from launch.plan.probe import kept_probe, make_spec, run_probe
+from launch.plan.probe_math import depths_that_fit, measured_of, probe_layout
 from qwen_dist.activations import activations_of
 from qwen_dist.config import Run
 from qwen_dist.errors import EnvironmentNotReady, RunFailed, UserError

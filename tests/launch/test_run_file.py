@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.run_file import load_run
-from launch.run_problems import all_keys
+from launch.runfile.load import load_run
+from launch.runfile.problems import all_keys
 from qwen_dist.errors import UserError
 
 MINIMAL = """\

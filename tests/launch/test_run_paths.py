@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.run_file import load_run
+from launch.runfile.load import load_run
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError
 from tests.launch.conftest import REPO
@@ -134,7 +134,7 @@ def test_other_values_are_left_to_the_checks_of_the_run_file(folder: Path, train
 def test_what_may_not_be_read_is_told(folder: Path) -> None:
     code = (
         "import os; from pathlib import Path\n"
-        "from launch.run_file import load_run; from qwen_dist.errors import UserError\n"
+        "from launch.runfile.load import load_run; from qwen_dist.errors import UserError\n"
         "def call(*overrides):\n"
         "    try: load_run(Path('sub/run.yaml'), overrides, {}); print('loaded')\n"
         "    except UserError as error: print(error)\n"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch.sbatch import sbatch_text, time_limit_s
-from launch.sbatch_options import OURS, sbatch_options, without_overrides
-from launch.stop_lead import stop_lead_s
+from launch.slurm.options import OURS, sbatch_options, without_overrides
+from launch.slurm.stop_lead import stop_lead_s
 from qwen_dist.config import Cluster, Data, Model, Run, Source
 from qwen_dist.errors import UserError
 from qwen_dist.report.metrics import MetricsFile

@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch import ssh
-from launch.ssh import exported, logins_not_passed_on, ssh_argv
+from launch.ssh import cluster as ssh
+from launch.ssh.cluster import exported, logins_not_passed_on, ssh_argv
 from qwen_dist.config import Cluster, Data, Model, Run, Source
 from qwen_dist.run_dir import RunDir
 
-# `launch.remote` that takes a second without a word for a cut connection.
-REMOTE = "import launch.remote as remote; remote.SILENCE_S = float({0!r}); raise SystemExit(remote.main())"
+# `launch.ssh.remote` that takes a second without a word for a cut connection.
+REMOTE = "import launch.ssh.remote as remote; remote.SILENCE_S = float({0!r}); raise SystemExit(remote.main())"
 
 
 def run_on(**cluster) -> Run:
@@ -48,8 +48,8 @@ def test_the_command_line_is_quoted_and_the_users_options_come_first():
     argv = ssh_argv(run, "me@n1", "/a b/python", {"PYTHONPATH": "/c d", "HF_TOKEN": "s3cret"})
     assert argv[:3] == ["ssh", "-o", "ConnectTimeout=60"]
     assert argv[-3:-1] == ["--", "me@n1"]
-    assert shlex.split(argv[-1]) == ["env", "PYTHONPATH=/c d", "/a b/python", "-m", "launch.remote"]
-    assert ssh_argv(run, "n1", "python", {})[-1] == "python -m launch.remote"
+    assert shlex.split(argv[-1]) == ["env", "PYTHONPATH=/c d", "/a b/python", "-m", "launch.ssh.remote"]
+    assert ssh_argv(run, "n1", "python", {})[-1] == "python -m launch.ssh.remote"
 
 
 FINE = {"sees_files": True, "knows_master": True, "master_is_local": False, "num_gpus": 8, "port": 1}

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 
-from launch.run_file import load_run
+from launch.runfile.load import load_run
 from qwen_dist.config import Run
 from qwen_dist.lease import held
 from tests.launch.conftest import snapshot

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from launch.slurm import LiveJob, refusal, words_of
-from launch.submission import commands_text, refuse_live
+from launch.slurm.client import LiveJob, refusal, words_of
+from launch.slurm.submission import commands_text, refuse_live
 from qwen_dist.errors import EnvironmentNotReady, UserError
 from qwen_dist.run_dir import RunDir
 from tests.launch.conftest import snapshot, write_run

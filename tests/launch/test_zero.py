@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from launch.deepspeed_keys import DECIDED, FIXED, FREE
-from launch.presets import ONE_NODE, PRESETS, preset, preset_text
+from launch.ds.keys import DECIDED, FIXED, FREE
+from launch.ds.overrides import flat
+from launch.ds.presets import ONE_NODE, PRESETS, preset, preset_text
 from launch.zero import deepspeed_config, explained_config
-from launch.zero_overrides import flat
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError
 from qwen_dist.shapes import KNOWN_SHAPES
@@ -44,7 +44,7 @@ def overridden(overrides: dict[str, Any], stage: int = 3, **zero: Any) -> dict[s
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_the_generators_output(name: str) -> None:
     text = resources.files("ds_configs").joinpath(f"{name}.json").read_text()
-    assert text == preset_text(name), "accept the change with: .venv/bin/python -m launch.presets"
+    assert text == preset_text(name), "accept the change with: .venv/bin/python -m launch.ds.presets"
 
 
 def test_no_other_presets_and_all_explained() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.yaml_nodes import KeyPath, dotted
+from launch.runfile.yaml_nodes import KeyPath, dotted
 
 
 @dataclass

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from launch.choose import Question, choose
-from launch.corrected import Ask, corrected_plan
-from launch.data_counts import quick_counts
 from launch.gpus import visible_gpus
 from launch.hosts import processes_per_node, world_size_of
-from launch.machine import computes_flash_attention, hardware_of
+from launch.plan.choose import Question, choose
+from launch.plan.corrected import Ask, corrected_plan
+from launch.plan.data_counts import quick_counts
+from launch.plan.machine import computes_flash_attention, hardware_of
+from launch.plan.probe import kept_probe
 from launch.planner import Plan, question_of, require_choice
-from launch.probe import kept_probe
 from qwen_dist.batch_math import plan_batch
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from launch.choose import Question
+from launch.plan.choose import Question
+from launch.plan.probe import Correction, Probed, kept_probe
+from launch.plan.probe_math import modelled_rate
 from launch.planner import DataCounts, Plan, make_plan, question_of
-from launch.probe import Correction, Probed, kept_probe
-from launch.probe_math import modelled_rate
 from qwen_dist.config import Run
 from qwen_dist.hardware import Hardware
 from qwen_dist.layout import Layout

@@ -1,7 +1,7 @@
 """The machines of a run of kind hosts, over ssh: looked at before anything is written, started, stopped, ended.
 
 DeepSpeed's own way over ssh (pdsh, 0.19.8) writes the exported variables on the remote command line, where every user
-can read them, and leaves the ranks running on TERM. Here ssh starts `python -m launch.remote`, and all else goes
+can read them, and leaves the ranks running on TERM. Here ssh starts `python -m launch.ssh.remote`, and all else goes
 through that connection; DeepSpeed's launcher of a node starts the ranks.
 """
 
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.hostfile import hosts_of
 from launch.hosts import node_argv, processes_per_node
-from launch.remote import ANSWER, BEAT_S
+from launch.ssh.hostfile import hosts_of
+from launch.ssh.remote import ANSWER, BEAT_S
 from launch.supervise import ORPHAN_GRACE_S, POLL_S, Outcome, Stop, outcome_of, stop_signals
 from qwen_dist.config import Run
 from qwen_dist.config_cluster import SECRET
@@ -79,10 +79,10 @@ def logins_not_passed_on(environ: Mapping[str, str]) -> str | None:
 
 
 def ssh_argv(run: Run, host: str, python: str, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The command that starts `launch.remote` on a machine; the user's own ssh options count first."""
+    """The command that starts `launch.ssh.remote` on a machine; the user's own ssh options count first."""
     options = [word for option in SSH_OPTIONS for word in ("-o", option)]
     path = environ.get("PYTHONPATH")
-    remote = [*(["env", f"PYTHONPATH={path}"] if path else []), python, "-m", "launch.remote"]
+    remote = [*(["env", f"PYTHONPATH={path}"] if path else []), python, "-m", "launch.ssh.remote"]
     return ["ssh", *run.cluster.ssh_options, *options, "-T", "--", host, shlex.join(remote)]
 
 
@@ -162,7 +162,7 @@ def run_on_hosts(
 
 @dataclass
 class Agent:
-    """`launch.remote` on one machine, at the other end of an ssh that takes orders on its stdin."""
+    """`launch.ssh.remote` on one machine, at the other end of an ssh that takes orders on its stdin."""
 
     host: str
     process: subprocess.Popen[bytes]
@@ -242,7 +242,7 @@ def _probe_file(run_dir: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _ask(argv: Sequence[str], task: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer of `launch.remote`; {"code", "said"} where it gave none."""
+    """The answer of `launch.ssh.remote`; {"code", "said"} where it gave none."""
     order = json.dumps(task).encode() + b"\n"
     try:
         done = subprocess.run(argv, input=order, capture_output=True, timeout=LOOK_TIMEOUT_S, check=False)

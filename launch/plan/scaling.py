@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from launch.choose import Option, Question, choose, options
-from launch.machine import assumed_network
+from launch.plan.choose import Option, Question, choose, options
+from launch.plan.machine import assumed_network
 from qwen_dist.errors import UserError
 from qwen_dist.hardware import Hardware
 

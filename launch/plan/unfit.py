@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from launch.choose import Option, Question, fits_somehow, gigabytes, needed_bytes, options
+from launch.plan.choose import Option, Question, fits_somehow, gigabytes, needed_bytes, options
 from qwen_dist.config import Batch, Method, Run, Zero
 from qwen_dist.errors import UserError
 

@@ -20,10 +20,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launch.choose import Question, work_of
 from launch.hosts import inherited_environment, trainer_environment
-from launch.machine import seen_gpus
-from launch.probe_math import Depth, depths_that_fit, measured_of
+from launch.plan.choose import Question, work_of
+from launch.plan.machine import seen_gpus
+from launch.plan.probe_math import Depth, depths_that_fit, measured_of
 from launch.zero import deepspeed_config
 from qwen_dist.config import Batch, Run, Zero
 from qwen_dist.errors import EnvironmentNotReady, RunFailed, UserError, counted

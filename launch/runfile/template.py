@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from launch.run_problems import section_at
+from launch.runfile.problems import section_at
 from qwen_dist.config import LINEAR_LAYERS
 
 # Sections and the keys shown in each, in order; the others stay in the reference. 40 options at most.

@@ -1,4 +1,4 @@
-"""`python -m launch.remote`: what launch/ssh.py starts on each machine of a run over ssh.
+"""`python -m launch.ssh.remote`: what launch/ssh/cluster.py starts on each machine of a run over ssh.
 
 Its orders come as lines of JSON over stdin, never as words of a command line, which every user of a machine may read:
 first the task (a look at this machine, or the ranks to start), then stop signals and a beat every few seconds. When

@@ -6,9 +6,9 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from launch.choose import needed_bytes
+from launch.plan.choose import needed_bytes
+from launch.plan.scaling import Scaled
 from launch.planner import Plan
-from launch.scaling import Scaled
 from launch.show import GB, layout_name
 from launch.zero import Setting
 from qwen_dist.memory import Parts

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from launch.choose import Option
+from launch.plan.choose import Option
+from launch.plan.scaling import Scaled
 from launch.planner import Plan, resolved_settings
-from launch.scaling import Scaled
 from launch.zero import Setting
 from qwen_dist.memory import Memory
 

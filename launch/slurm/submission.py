@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 
 import click
 
-from launch import slurm
 from launch.show import short_path
+from launch.slurm import client as slurm
 from launch.start import Start
 from qwen_dist.errors import EnvironmentNotReady, UserError
 from qwen_dist.lease import held

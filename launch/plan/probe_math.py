@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from launch.choose import Question, evaluated, gigabytes, needed_bytes, work_of
+from launch.plan.choose import Question, evaluated, gigabytes, needed_bytes, work_of
 from qwen_dist.activations import activations_of
 from qwen_dist.errors import UserError
 from qwen_dist.hardware import Measured

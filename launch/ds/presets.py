@@ -1,6 +1,6 @@
 """The presets in ds_configs/: what `launch/zero.py` makes for reference sizes.
 
-`python -m launch.presets` writes them anew.
+`python -m launch.ds.presets` writes them anew.
 """
 
 from __future__ import annotations

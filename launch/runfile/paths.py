@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launch.raw_values import RawValues
-from launch.yaml_nodes import KeyPath
+from launch.runfile.raw_values import RawValues
+from launch.runfile.yaml_nodes import KeyPath
 from qwen_dist.errors import did_you_mean
 from qwen_dist.model_files import HUB_ID, is_hub_id
 

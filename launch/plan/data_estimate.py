@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.estimate_units import Group, Unit, spread, units_of
+from launch.plan.estimate_units import Group, Unit, spread, units_of
 from launch.planner import DataCounts
 from qwen_dist.config import Run, Source
 from qwen_dist.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launch.deepspeed_keys import DECIDED, FIXED, FREE, STAGE_2_KEYS, STAGE_3_KEYS, Kind
+from launch.ds.keys import DECIDED, FIXED, FREE, STAGE_2_KEYS, STAGE_3_KEYS, Kind
 from qwen_dist.errors import UserError, did_you_mean
 
 WANTED = {

@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from launch.raw_values import RawValues
-from launch.run_paths import resolve_paths
-from launch.run_problems import all_keys, misread_booleans, problems_of, section_at
-from launch.yaml_nodes import KeyPath, dotted, read_nodes, read_scalar
+from launch.runfile.paths import resolve_paths
+from launch.runfile.problems import all_keys, misread_booleans, problems_of, section_at
+from launch.runfile.raw_values import RawValues
+from launch.runfile.yaml_nodes import KeyPath, dotted, read_nodes, read_scalar
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError, did_you_mean
 

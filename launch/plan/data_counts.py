@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launch.data_estimate import estimated_counts
+from launch.plan.data_estimate import estimated_counts
 from launch.planner import DataCounts, SourceShare
 from qwen_dist.config import Run
 from qwen_dist.run_dir import cache_dir

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from launch.yaml_nodes import KeyPath, dotted
+from launch.runfile.yaml_nodes import KeyPath, dotted
 from qwen_dist.config import Run
 from qwen_dist.errors import did_you_mean
 

@@ -1,0 +1,1 @@
+"""DeepSpeed's keys: which may be overridden, how, and the presets."""

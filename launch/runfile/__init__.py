@@ -1,0 +1,1 @@
+"""The run file: read, checked, resolved; and the one that `init` writes."""

@@ -1,0 +1,1 @@
+"""Around a batch job: its options, its submission, its signals."""
