@@ -20,7 +20,6 @@ from qwen_dist.errors import UserError
 MIN_MASTER_PORT, NUM_MASTER_PORTS = 20_000, 10_000  # below Linux's ephemeral ports (32768 and up)
 MIN_LEAD_S = 120
 SIGNAL_EARLY_S = 60  # Slurm may send the signal by so much earlier (man sbatch, --signal)
-INTERFACE_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
 def sbatch_text(run: Run, run_dir: Path, python: str, lead_s: int = MIN_LEAD_S) -> str:
@@ -91,11 +90,7 @@ def _check_time(cluster: Cluster, lead_s: int) -> None:
 
 def _variables(run: Run, per_node: int) -> dict[str, str]:
     """What ranks get. On CPU a rank has the cores that it asks for, or one."""
-    cluster = run.cluster
-    ours = trainer_environment(run, per_node, num_cpus=per_node * (cluster.cpus_per_task or 1))
-    if cluster.interface is not None:
-        ours |= dict.fromkeys(INTERFACE_VARIABLES, cluster.interface)
-    return {**ours, **cluster.env}
+    return trainer_environment(run, per_node, num_cpus=per_node * (run.cluster.cpus_per_task or 1))
 
 
 def _quoted(what: str, value: str) -> str:

@@ -14,6 +14,7 @@ from tests.distributed import runs
 from tests.launch.conftest import snapshot
 from tests.slurm import jobs
 from tests.slurm.jobs import said, shown, slurm, wait_for_end, wait_for_steps
+from tests.wandb_file import history
 
 pytestmark = pytest.mark.slurm
 
@@ -52,7 +53,8 @@ def test_a_run_that_is_stopped_and_killed_ends_as_if_it_never_was(slurm_environm
     """USR1 to the batch shell, as Slurm sends it before the time limit; USR1 to every process; a rank killed."""
     sections = {"length": {"epochs": 9, "max_steps": NUM_STEPS}, "checkpoint": {"every_steps": 5, "keep": 99}}
     runs.qwen_dist("train", str(runs.write_run_file(tmp_path / "a", "whole", **sections)))
-    run_file = jobs.write_run_file(tmp_path / "b", "broken", **sections, cluster={"max_restarts": 1})
+    tracking = {"wandb": {"project": "tests", "mode": "offline"}}
+    run_file = jobs.write_run_file(tmp_path / "b", "broken", **sections, tracking=tracking, cluster={"max_restarts": 1})
     run_dir = tmp_path / "b" / "runs" / "broken"
     job = jobs.submit(slurm_environment, run_file)
 
@@ -82,7 +84,19 @@ def test_a_run_that_is_stopped_and_killed_ends_as_if_it_never_was(slurm_environm
     weights, same = runs.engine_tensors(whole, NUM_STEPS), runs.engine_tensors(broken, NUM_STEPS)
     assert weights.keys() == same.keys() and weights
     assert all(torch.equal(weights[place], same[place]) for place in weights)
+    assert_tracked_as_one(run_dir)
     assert all(entry["save_time_s"] > 0 for entry in read_metrics(run_dir / "metrics.jsonl") if "save_time_s" in entry)
+
+
+def assert_tracked_as_one(run_dir: Path) -> None:
+    """Every attempt tells the same W&B run; the third was killed, and its steps were made again by the last."""
+    run_id = json.loads((run_dir / "run.json").read_text())["wandb_id"]
+    files = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 4
+    ended = files[:2] + files[3:]
+    tracked = {row["_step"]: row["loss"] for file in ended for row in history(file) if "loss" in row}
+    told = {step: entry["loss"] for step, entry in runs.step_metrics(run_dir).items()}
+    assert tracked == told
 
 
 def test_restarts_are_bounded_and_leave_out_the_failed_node(slurm_environment, tmp_path):
