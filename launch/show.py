@@ -91,16 +91,19 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
     time = plan.chosen.time
     if time is None or plan.hours is None or plan.gpu_hours is None:
         return []
-    rate, whole = (
-        f"{time.total_s:,.3g} s a step, {time.tokens_per_gpu_s:,.0f} tokens/s a",
-        f"about {duration(plan.hours)}",
-    )
+    seconds = f"{time.total_s:,.0f}" if time.total_s >= 100 else f"{time.total_s:.3g}"  # 1,234 rather than 1.23e+03
+    rate, whole = f"{seconds} s a step, {time.tokens_per_gpu_s:,.0f} tokens/s a", f"about {duration(plan.hours)}"
     if plan.hardware.gpu is None:
         return [("time", f"{rate} process"), ("", whole)]
     rate += f" GPU, MFU {time.mfu:.0%}"
     if plan.hardware.world_size > 1:
-        whole += f", {plan.gpu_hours:,.3g} GPU-hours"
+        whole += f", {hours(plan.gpu_hours)} GPU-hours"
     return [("time", rate), ("", whole)]
+
+
+def hours(number: float) -> str:
+    """Hours as far as they can be told: "<0.1", "12.3", "1,234"."""
+    return "<0.1" if number < 0.1 else f"{number:,.1f}" if number < 100 else f"{number:,.0f}"
 
 
 def _measured(plan: Plan) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from launch.plan.choose import needed_bytes
 from launch.plan.scaling import Scaled
 from launch.planner import Plan
-from launch.show import GB, layout_name
+from launch.show import GB, hours, layout_name
 from launch.zero import Setting
 from qwen_dist.memory import Parts
 
@@ -80,7 +80,7 @@ def _scaled_cells(row: Scaled) -> dict[str, str]:
     cells["layout"] = row.option.needs or layout_name(row.option.layout)
     if row.hours is not None and time is not None:
         cells |= {"s/step": f"{time.total_s:,.1f}", "tokens/s": f"{time.tokens_per_gpu_s * gpus:,.0f}"}
-        cells |= {"hours": _hours(row.hours), "GPU-hours": _hours(row.hours * gpus)}
+        cells |= {"hours": hours(row.hours), "GPU-hours": hours(row.hours * gpus)}
     return cells
 
 
@@ -104,10 +104,6 @@ def _aligned(row: tuple[str, ...], widths: Sequence[int], is_last_text: bool) ->
     for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
         is_text = column == 0 or (is_last_text and column == len(row) - 1)
         yield f"{cell:<{width}}" if is_text else f"{cell:>{width}}"
-
-
-def _hours(hours: float) -> str:
-    return "<0.1" if hours < 0.1 else f"{hours:,.1f}" if hours < 100 else f"{hours:,.0f}"
 
 
 def _gb(num_bytes: float) -> str:
