@@ -108,7 +108,7 @@ def test_a_plan_is_corrected_and_train_keeps_to_it(tmp_path: Path) -> None:
         assert f"measured   {plan['correction']['probed']['date']} on " in told
         steps = step_metrics(tmp_path / "runs" / f"probed{attempt}").values()
         expected = plan["chosen"]["time"]["tokens_per_gpu_s"]
-        if 0.5 < max(step["tokens_per_s"] for step in steps) / expected < 2:
+        if 1 / 4 < max(step["tokens_per_s"] for step in steps) / expected < 4:  # a wrong unit is off by more
             break
     else:
         pytest.fail(f"expected {expected:.0f} tokens/s, made {[round(step['tokens_per_s']) for step in steps]}")
