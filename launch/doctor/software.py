@@ -21,7 +21,6 @@ TESTED_PYTHON = ((3, 10), (3, 12))
 # Those of constraints.txt that decide what a step computes; a test holds the two equal.
 TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "deepspeed": "0.19.8", "peft": "0.21.2", "tokenizers": "0.23.3"}
 EXTRAS = ("kernels", "flash-attn", "quant")
-OP_USES = {"cpu_adam": "zero.offload", "async_io": "zero.nvme_path"}
 
 
 def python(_: Subject) -> Check:
@@ -89,25 +88,25 @@ def torch(subject: Subject) -> Check | None:
 
 
 def compilers(subject: Subject) -> Check | None:
-    """The DeepSpeed ops that a run may need, which are compiled when it starts."""
+    """The one DeepSpeed op that a run may need, which is compiled when it starts: reading and writing a local disk."""
     if subject.here is None or subject.here.exception() is not None:
         return None
-    here, needed = subject.here.result(), needed_ops(subject.run)
+    here = subject.here.result()
+    version = here["versions"]["deepspeed"]
+    if subject.run is None or subject.run.zero.nvme_path is None:
+        return ok("deepspeed", f"{version}; nothing to compile")
     compiler = shutil.which(subject.environ.get("CXX") or "c++")
     has_headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
-    lacks = {op: _lacks(op, here, compiler is not None, has_headers, subject.computes_on_gpu) for op in OP_USES}
-    broken = {op: lack for op, lack in lacks.items() if lack is not None}
-    version = here["versions"]["deepspeed"]
-    for op in needed:
-        if op in broken:
-            return fail("deepspeed", f"{version}; {op}, for {OP_USES[op]}, cannot be built: {broken[op]}", _fix(op))
-    if needed:
-        return ok("deepspeed", f"{version}; {', '.join(needed)}: {_how(needed, here, compiler)}")
-    may_offload = subject.run is None or subject.run.zero.offload == "auto"
-    if may_offload and "cpu_adam" in broken:
-        found = f"{version}; no offload: cpu_adam cannot be built: {broken['cpu_adam']}"
-        return warn("deepspeed", found, f"{_fix('cpu_adam')} Without offload nothing is compiled.")
-    return ok("deepspeed", f"{version}; nothing to compile" + (", unless it offloads" if may_offload else ""))
+    if lack := _lacks(here, compiler is not None, has_headers, subject.computes_on_gpu):
+        fix = (
+            "install a C++ compiler, Python's and libaio's headers, ninja and the CUDA toolkit "
+            "(apt install g++ python3-dev libaio-dev; pip install ninja), or remove zero.nvme_path."
+        )
+        return fail("deepspeed", f"{version}; async_io, for zero.nvme_path, cannot be built: {lack}", fix)
+    if here["async_io"] == "built":
+        return ok("deepspeed", f"{version}; async_io: built ahead")
+    name = Path(compiler or "c++").name
+    return ok("deepspeed", f"{version}; async_io: compiled at the first start, about a minute, with {name}")
 
 
 def attention(subject: Subject) -> Check | None:
@@ -122,14 +121,6 @@ def attention(subject: Subject) -> Check | None:
         fix = "pip install 'qwen-dist[flash-attn]' (faster with many samples in a pack)"
         return warn("attention", f"{backend}: {reason}", fix)
     return ok("attention", f"{backend}: {reason}")
-
-
-def needed_ops(run: Run | None) -> list[str]:
-    """DeepSpeed ops that the run is sure to need."""
-    if run is None:
-        return []
-    ops = ["cpu_adam"] if run.zero.offload in ("optimizer", "all") else []
-    return ops + (["async_io"] if run.zero.nvme_path is not None else [])
 
 
 def _compared(installed: Mapping[str, str]) -> Check:
@@ -159,32 +150,20 @@ def _is_in(specifier: Any, version: str | None) -> bool:
     return version is not None and bool(specifier.contains(version, prereleases=True))
 
 
-def _lacks(op: str, here: Mapping[str, Any], has_compiler: bool, has_headers: bool, on_gpu: bool) -> str | None:
-    """What an op lacks to be there; None: nothing."""
-    status = here["ops"][op]
-    if status == "built":
+def _lacks(here: Mapping[str, Any], has_compiler: bool, has_headers: bool, on_gpu: bool) -> str | None:
+    """What async_io lacks to be there; None: nothing."""
+    if here["async_io"] == "built":
         return None
-    if status != "can be built":
-        return str(status)
+    if here["async_io"] != "can be built":
+        return str(here["async_io"])
     if not has_compiler:
         return "no C++ compiler"
     if not here["has_ninja"]:
         return "no ninja"
     if not has_headers:
         return "no Python.h"
-    # cpu_adam is plain C++ in DeepSpeed 0.19; async_io on GPUs includes CUDA's headers.
-    return "no CUDA toolkit (nvcc)" if op == "async_io" and on_gpu and here["cuda_home"] is None else None
-
-
-def _fix(op: str) -> str:
-    more = ", libaio's headers and the CUDA toolkit" if op == "async_io" else ""
-    return f"install a C++ compiler, Python's headers and ninja{more} (apt install g++ python3-dev; pip install ninja)."
-
-
-def _how(ops: Sequence[str], here: Mapping[str, Any], compiler: str | None) -> str:
-    if all(here["ops"][op] == "built" for op in ops):
-        return "built ahead"
-    return f"compiled at the first start, about a minute, with {Path(compiler or 'c++').name}"
+    # On GPUs its sources include CUDA's headers (DeepSpeed 0.19).
+    return "no CUDA toolkit (nvcc)" if on_gpu and here["cuda_home"] is None else None
 
 
 def _dotted(version: Sequence[int]) -> str:

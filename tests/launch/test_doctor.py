@@ -47,7 +47,7 @@ def done(value: Any) -> Future[Any]:
 HERE: dict[str, Any] = {
     "versions": {"torch": "2.13.0+cpu", "deepspeed": "0.19.8"}, "has_cuda": False, "cuda_error": None, "gpus": 0,
     "has_bf16": True, "has_ninja": True, "cuda_home": None, "attention": ["sdpa", "no GPU"],
-    "ops": {"cpu_adam": "can be built", "async_io": "can be built"},
+    "async_io": "can be built",
 }  # fmt: skip
 CUDA_HERE = HERE | {
     "versions": {"torch": "2.13.0+cu130", "deepspeed": "0.19.8", "CUDA": "13.0", "NCCL": "2.28.3"},
@@ -267,22 +267,22 @@ def test_torch(project, here, words, state, found):
     assert check.state == state and found in check.found
 
 
-def test_ops_that_are_compiled(project, monkeypatch):
-    offload = load(project, "zero.offload=optimizer")
-    assert software.compilers(subject(load(project, "zero.offload=none"))).found == "0.19.8; nothing to compile"
-    check = software.compilers(subject(offload))
-    assert check.state == "ok" and "cpu_adam: compiled at the first start" in check.found
-    check = software.compilers(subject(offload, environ={"CXX": "no-such-compiler"}))
-    assert check.state == "FAIL" and "cpu_adam, for zero.offload, cannot be built: no C++ compiler" in check.found
-    check = software.compilers(subject(None, environ={"CXX": "no-such-compiler"}))
-    assert check.state == "warn" and "no offload" in check.found
-    check = software.compilers(subject(offload, here=HERE | {"has_ninja": False}))
+def test_what_is_compiled(project):
+    offload, none = load(project, "zero.offload=optimizer"), {"CXX": "no-such-compiler"}
+    assert software.compilers(subject(offload, environ=none)).found == "0.19.8; nothing to compile"
+    assert software.compilers(subject(None, environ=none)).found == "0.19.8; nothing to compile"
+    disk = load(project, "zero.stage=3", "zero.nvme_path=/nvme", "cluster.device=cpu")
+    check = software.compilers(subject(disk))
+    assert check.state == "ok" and "async_io: compiled at the first start" in check.found
+    check = software.compilers(subject(disk, environ=none))
+    assert check.state == "FAIL" and "async_io, for zero.nvme_path, cannot be built: no C++ compiler" in check.found
+    check = software.compilers(subject(disk, here=HERE | {"has_ninja": False}))
     assert check.state == "FAIL" and "no ninja" in check.found
-    built = HERE | {"ops": {"cpu_adam": "built", "async_io": "built"}}
-    assert "built ahead" in software.compilers(subject(offload, here=built, environ={"CXX": "none"})).found
-    nvme = load(project, "zero.stage=3", "zero.nvme_path=/nvme", "cluster.device=cuda")
-    assert software.needed_ops(nvme) == ["async_io"]
-    assert "no CUDA toolkit" in software.compilers(subject(nvme, [H100], CUDA_HERE)).found
+    check = software.compilers(subject(disk, here=HERE | {"async_io": "libaio.h is missing"}))
+    assert check.state == "FAIL" and "libaio.h is missing" in check.found
+    assert "built ahead" in software.compilers(subject(disk, here=HERE | {"async_io": "built"}, environ=none)).found
+    on_gpu = load(project, "zero.stage=3", "zero.nvme_path=/nvme", "cluster.device=cuda")
+    assert "no CUDA toolkit" in software.compilers(subject(on_gpu, [H100], CUDA_HERE)).found
 
 
 def test_attention(project):

@@ -10,9 +10,6 @@ from typing import Any
 from qwen_dist.errors import EnvironmentNotReady
 from qwen_dist.train.preflight.facts import software
 
-# The DeepSpeed ops that a run can need, and when: cpu_adam with an offload, async_io with zero.nvme_path.
-OPS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
-
 
 def here(device: str, attention: str) -> dict[str, Any]:
     """Facts as JSON values.
@@ -22,8 +19,9 @@ def here(device: str, attention: str) -> dict[str, Any]:
         attention: `model.attention` of the run.
 
     Returns:
-        "versions"; "has_cuda" and "cuda_error" (why not); "gpus" that torch sees; "ops": name -> "built", "can be
-        built" or why not; "has_ninja"; "cuda_home"; "attention": [backend, reason], or "attention_error".
+        "versions"; "has_cuda" and "cuda_error" (why not); "gpus" that torch sees; "async_io" (DeepSpeed's op for
+        zero.nvme_path): "built", "can be built" or why not; "has_ninja"; "cuda_home"; "attention": [backend, reason],
+        or "attention_error".
     """
     # DeepSpeed and torch narrate while they are imported and probed; stdout is for the JSON alone.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -36,7 +34,7 @@ def here(device: str, attention: str) -> dict[str, Any]:
         found |= {"has_cuda": torch.cuda.is_available(), "cuda_error": _cuda_error(), "cuda_home": CUDA_HOME}
         found |= {"gpus": torch.cuda.device_count() if found["has_cuda"] else 0}
         found |= {"has_bf16": not found["has_cuda"] or torch.cuda.is_bf16_supported(including_emulation=False)}
-        found |= {"has_ninja": is_ninja_available(), "ops": {name: _op(builder) for name, builder in OPS.items()}}
+        found |= {"has_ninja": is_ninja_available(), "async_io": _async_io()}
         try:
             found["attention"] = choose_attention(attention, device)
             _import_kernels(found["attention"][0])
@@ -75,13 +73,13 @@ def _cuda_error() -> str | None:
     return "no GPU is visible"
 
 
-def _op(builder_name: str) -> str:
-    """Whether an op is there, could be compiled at the start of a run, or what it lacks."""
+def _async_io() -> str:
+    """Whether DeepSpeed's op for a local disk is there, could be compiled at the start of a run, or what it lacks."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import accelerator_name, installed_ops
 
     accelerator = get_accelerator()
-    builder = accelerator.create_op_builder(builder_name)
+    builder = accelerator.create_op_builder("AsyncIOBuilder")
     if installed_ops.get(builder.name) and accelerator_name == accelerator._name:
         return "built"
     try:
