@@ -23,6 +23,9 @@ NOISY_LOGGERS = (
     "urllib3",
 )
 
+# It warns when peft imports it on a CPU, of a kernel that only inference uses (0.50): long before logging is set up.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 def get_logger() -> logging.Logger:
     """The project's logger."""
@@ -43,8 +46,6 @@ def start_logging(rank: int) -> None:
     logging.getLogger("py.warnings").propagate = False
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # It warns, whenever peft imports it on a CPU, of a kernel that only inference uses (0.50).
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def log_to_file(path: Path) -> None:

@@ -77,3 +77,45 @@ def test_only_ranks_of_this_job_that_listen_are_signalled(run_dir):
         for process in processes:
             os.killpg(process.pid, 9)
             process.wait()
+
+
+# Stands in for srun: the preflight is well, the trainer does what the test says.
+SRUN = """#!/bin/bash
+case "$*" in
+*preflight*) exit 0 ;;
+*) eval "$TRAINER" ;;
+esac
+"""
+SAVED = 'mkdir -p checkpoints; echo "step_$RANDOM" >checkpoints/latest; '
+
+
+@pytest.mark.parametrize(
+    ("trainer", "num_before", "said", "code"),
+    [
+        ("exit 0", 0, "done", 0),
+        (f"{SAVED} exit 75", 9, "saved; requeued", 75),
+        ("exit 75", 1, "stopped before a step was saved, restart 2 of 3; requeued", 75),
+        ("exit 75", 3, "stopped before a step was saved and is not restarted: restarts 3 of 3", 75),
+        ("exit 9", 0, "crashed with exit code 9, restart 1 of 3; requeued", 9),
+        ("exit 9", 3, "crashed with exit code 9 and is not restarted: restarts 3 of 3", 9),
+        ("exit 2", 0, "not restarted: exit code 2 is for you to mend", 2),
+        ('kill -s INT "$PPID"; sleep 1; exit 75', 0, "saved and stopped, go on with: qwen-dist submit", 75),
+        ('kill -s INT "$PPID"; sleep 1; exit 9', 0, "ended with exit code 9 when asked to stop", 9),
+    ],
+)
+def test_what_follows_the_trainers_end(run_dir, tmp_path, trainer, num_before, said, code):
+    """The whole script in bash; tests/slurm has it on a real Slurm."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"srun": SRUN, "squeue": "#!/bin/bash\necho RUNNING\n", "scontrol": "#!/bin/bash\n"}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    (run_dir / "slurm-7.restarts").write_text("restart\n" * num_before)
+    environ = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "MASTER_ADDR": "n1", "TRAINER": trainer}
+    text = sbatch_text(make_run(gpus_per_node=1), run_dir, "python")
+    done = subprocess.run(
+        ["bash", "-c", text], env=environ, cwd=run_dir, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    last = done.stdout.splitlines()[-1].partition("qwen-dist: ")[2]
+    assert last.startswith(said)
