@@ -22,7 +22,7 @@ CONTEXT_BYTES, CUBLAS_BYTES = 600_000_000, 2 * 32 * 2**20
 # NCCL's buffers and channels, of each communicator.
 NCCL_BYTES = 500_000_000
 # Of all that torch allocates: blocks that are free but in the wrong place or on another stream, with expandable
-# segments (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
+# segments (qwen_dist/train/allocator.py).
 FRAGMENTATION = 0.04
 # Python, torch, CUDA's libraries, DeepSpeed: host memory of one process.
 PROCESS_BYTES = 4 * GB

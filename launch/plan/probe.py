@@ -208,9 +208,13 @@ def _run_child(question: Question, spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def _environment(question: Question) -> dict[str, str]:
     """As the run's processes have it, but for what joins them."""
+    from qwen_dist.train.allocator import let_segments_grow
+
     alone = question.run.cluster.model_copy(update={"interface": None})
     run = question.run.model_copy(update={"cluster": alone})
-    return inherited_environment({**os.environ, **trainer_environment(run, question.hardware.gpus_per_node)})
+    environ = inherited_environment({**os.environ, **trainer_environment(run, question.hardware.gpus_per_node)})
+    let_segments_grow(environ)
+    return environ
 
 
 def _last_words(log: Path, code: int) -> str:

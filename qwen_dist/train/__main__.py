@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from qwen_dist.errors import EXIT_USAGE
+from qwen_dist.train.allocator import let_segments_grow
 from qwen_dist.train.orphan import end_with_launcher
 from qwen_dist.train.signals import StopRequest
 
@@ -31,6 +32,7 @@ if __name__ == "__main__":
     end_with_launcher(os.environ)
     stop = StopRequest().listen()
     choose_accelerator(Path(arguments[0]))
+    let_segments_grow(os.environ)
     from qwen_dist.train.main import main
     from qwen_dist.train.world import exit_at_once
 

@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 from qwen_dist.errors import EXIT_DONE, EXIT_RUN_FAILED, RunFailed, UserError
+from qwen_dist.train.allocator import let_segments_grow
 from qwen_dist.train.orphan import end_with_launcher
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -22,6 +23,7 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     end_with_launcher(os.environ)
     choose_accelerator(options.device)
+    let_segments_grow(os.environ)
     from transformers.utils import logging as transformers_logging
 
     from qwen_dist.log import start_logging
