@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_dist.errors import EXIT_DONE, EXIT_RUN_FAILED, UserError
+from qwen_dist.log import start_logging
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +26,6 @@ def main(argv: list[str] | None = None) -> int:
     from transformers.utils import logging
 
     from qwen_dist.export.export import export
-    from qwen_dist.log import start_logging
 
     start_logging(rank=0)
     logging.disable_progress_bar()
