@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,6 +75,20 @@ def test_a_worker_that_is_killed_is_told(qwen3_folder: Path, tmp_path: Path) -> 
     ):
         list(pool.run(tasks))
     killer.join()
+
+
+def test_a_worker_that_ends_just_before_it_is_told_to_is_no_error(
+    qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setattr(multiprocessing, "active_children", lambda: [gone])
+    with (
+        pytest.raises(RunFailed, match="as it was said"),
+        workers.Workers(2, load_tokenizer(str(qwen3_folder))) as pool,
+    ):
+        pool._pool = ProcessPoolExecutor(1)
+        raise RunFailed("as it was said")
 
 
 def test_a_claim_of_a_process_that_is_gone_is_taken_over(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -62,7 +63,8 @@ class Workers:
         if self._pool is not None:
             if kind is not None:  # a conversion under way can take minutes, and nobody waits for it
                 for process in multiprocessing.active_children():
-                    os.kill(process.pid or 0, END)
+                    with suppress(ProcessLookupError):  # the pool's own thread may have seen it end meanwhile
+                        os.kill(process.pid or 0, END)
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, tasks: list[Task]) -> Iterator[Task]:
