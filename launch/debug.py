@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from launch.gpus import visible_gpus
+from launch.gpus import gpus_of, visible_gpus
 from launch.hosts import inherited_environment, processes_per_node, trainer_environment
 from launch.plan.choose import choose
 from launch.plan.machine import computes_flash_attention, hardware_of
@@ -113,7 +113,7 @@ def debug_run(loaded: Loaded, layers: int | None, options: Options) -> int:
         UserError: the run cannot be started here.
     """
     run = debugged(loaded.run, loaded.sources)
-    processes_per_node(run, 0 if run.cluster.device == "cpu" else len(visible_gpus()))  # refuses where no GPU is
+    processes_per_node(run, len(gpus_of(run)))  # refuses where no GPU is
     run = planned_here(run)
     ds_config = deepspeed_config(run, 1)
     with tempfile.TemporaryDirectory(prefix="qwen-dist-debug-") as folder:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launch.attempt import check_data, decide, flat, look, with_recorded_choice
-from launch.gpus import visible_gpus
+from launch.gpus import gpus_of
 from launch.hosts import (
     free_port,
     processes_per_node,
@@ -101,7 +101,7 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
     run_dir = RunDir(Path(loaded.run.output_dir) / loaded.run.name)
     found = look(run_dir)
     run = with_recorded_choice(found, loaded.run)
-    gpus = visible_gpus() if run.cluster.kind == "local" and run.cluster.device != "cpu" else []
+    gpus = gpus_of(run)
     per_node = processes_per_node(run, len(gpus))
     world_size = world_size_of(run, per_node)
     kind = decide(found, run, run_dir.path, world_size)

@@ -144,11 +144,24 @@ class Run(Section):
     @model_validator(mode="after")
     def _settings_fit(self) -> Run:
         if self.method.kind == "qlora":
-            if self.zero.stage == 3:
-                raise ValueError("method.kind qlora needs zero.stage 2: 4-bit weights are not sharded; set it to 2")
+            for key, is_given in self._needs_sharded_weights().items():
+                if is_given:
+                    raise ValueError(
+                        f"method.kind qlora does not go with {key}: 4-bit weights are not sharded; remove it"
+                    )
             if self.model.precision == "fp32":
                 raise ValueError("method.kind qlora computes in bf16; set model.precision to bf16")
         return self
+
+    def _needs_sharded_weights(self) -> dict[str, bool]:
+        """Settings that only stage 3 can do -> whether they were given."""
+        zero = self.zero
+        return {
+            "zero.stage 3": zero.stage == 3,
+            "zero.offload all": zero.offload == "all",
+            "zero.hpz": zero.hpz is True,
+            "zero.nvme_path": zero.nvme_path is not None,
+        }
 
     @property
     def zero_stage(self) -> int:

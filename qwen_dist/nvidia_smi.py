@@ -43,32 +43,28 @@ class NvidiaSmiFailed(Exception):
     """nvidia-smi is there, and gave no list of GPUs; says why in a few words."""
 
 
+def list_gpus(timeout_s: float = 20.0) -> list[GpuState]:
+    """The GPUs that this process is shown, by one query: nothing of their health or processes.
+
+    Raises:
+        NvidiaSmiFailed: nvidia-smi is there, and did not answer in time, or with an error.
+    """
+    return _parsed(_listing(timeout_s))
+
+
 def read_gpus(timeout_s: float = 20.0) -> list[GpuState]:
     """The GPUs that this process is shown, all of them idle or not; none where there is no nvidia-smi.
 
     Raises:
         NvidiaSmiFailed: it did not answer in time, or with an error.
     """
-    try:
-        listing = _query(f"--query-gpu={FIELDS}", timeout_s)
-    except FileNotFoundError:
-        return []
-    except subprocess.TimeoutExpired:
-        raise NvidiaSmiFailed(f"nvidia-smi did not answer in {timeout_s:.0f} s") from None
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NvidiaSmiFailed(_reason(error)) from None
-    health, remapped, processes = (
-        _optional(query, timeout_s)
-        for query in (
-            f"--query-gpu={HEALTH_FIELDS}",
-            f"--query-remapped-rows={REMAPPED_FIELDS}",
-            "--query-compute-apps=gpu_uuid,pid",
-        )
+    listing = _listing(timeout_s)
+    queries = (
+        f"--query-gpu={HEALTH_FIELDS}",
+        f"--query-remapped-rows={REMAPPED_FIELDS}",
+        "--query-compute-apps=gpu_uuid,pid",
     )
-    try:
-        return parse_gpus(listing, health, remapped, processes)
-    except (ValueError, IndexError):
-        raise NvidiaSmiFailed(f"nvidia-smi said {listing.strip()[:80]!r}") from None
+    return _parsed(listing, *(_optional(query, timeout_s) for query in queries)) if listing else []
 
 
 def parse_gpus(listing: str, health: str = "", remapped: str = "", processes: str = "") -> list[GpuState]:
@@ -113,9 +109,14 @@ def visible(gpus: Sequence[GpuState], environ: Mapping[str, str]) -> list[GpuSta
     allowed = environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is None:
         return list(gpus)
-    names = [name.strip() for name in allowed.split(",") if name.strip()]
-    names = names[: names.index("-1")] if "-1" in names else names  # as CUDA reads it: none from there on
+    names = allowed_names(allowed)
     return [gpu for name in names for gpu in gpus if name == str(gpu.index) or gpu.uuid.startswith(name)]
+
+
+def allowed_names(allowed: str) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, by index or uuid; as CUDA reads it, nothing from a -1 on."""
+    names = [name.strip() for name in allowed.split(",") if name.strip()]
+    return names[: names.index("-1")] if "-1" in names else names
 
 
 def _rows(text: str) -> list[list[str]]:
@@ -130,6 +131,25 @@ def _number(cell: str) -> int:
 def _is_yes(cell: str) -> bool:
     """`Yes`, or a number of rows that is not 0; `No`, `0`, `[N/A]` and nothing are not."""
     return cell.lower() == "yes" or (cell.isdigit() and cell != "0")
+
+
+def _listing(timeout_s: float) -> str:
+    """The answer for FIELDS; empty where there is no nvidia-smi."""
+    try:
+        return _query(f"--query-gpu={FIELDS}", timeout_s)
+    except FileNotFoundError:
+        return ""
+    except subprocess.TimeoutExpired:
+        raise NvidiaSmiFailed(f"nvidia-smi did not answer in {timeout_s:.0f} s") from None
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NvidiaSmiFailed(_reason(error)) from None
+
+
+def _parsed(listing: str, *others: str) -> list[GpuState]:
+    try:
+        return parse_gpus(listing, *others)
+    except (ValueError, IndexError):
+        raise NvidiaSmiFailed(f"nvidia-smi said {listing.strip()[:80]!r}") from None
 
 
 def _query(query: str, timeout_s: float) -> str:

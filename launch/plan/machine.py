@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
+from launch.gpus import present_gpus
 from launch.hosts import num_nodes
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError
@@ -117,18 +116,9 @@ def _known_or_alike(name: str, memory_bytes: int, assumed: list[str]) -> Gpu:
     return replace(gpu, memory_bytes=min(gpu.memory_bytes, memory_bytes)) if memory_bytes else gpu
 
 
-@lru_cache(maxsize=1)
 def seen_gpus() -> dict[str, int]:
     """Name -> bytes of memory of this machine's kinds of GPU, as nvidia-smi tells; none where there is none."""
-    argv = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        listing = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    rows = [line.rpartition(",") for line in listing.splitlines() if "," in line]
-    return {name.strip(): int(mib) * (1 << 20) if mib.strip().isdigit() else 0 for name, _, mib in rows}
+    return {gpu.name: gpu.memory_bytes for gpu in present_gpus()}
 
 
 def machine_memory() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from launch.gpus import visible_gpus
+from launch.gpus import gpus_of
 from launch.hosts import processes_per_node, world_size_of
 from launch.plan.choose import Question, choose
 from launch.plan.corrected import Ask, corrected_plan
@@ -29,7 +29,7 @@ def planned(run: Run, ask: Ask = kept_probe) -> tuple[Plan, Question]:
     """
     wanted = run.cluster.gpus_per_node  # a plan may be for another machine: a number needs no GPU here
     is_told = run.cluster.kind == "local" and wanted != "auto"
-    per_node = wanted if is_told and wanted != "auto" else processes_per_node(run, len(visible_gpus()))
+    per_node = int(wanted) if is_told else processes_per_node(run, len(gpus_of(run)))
     plan_batch(run.batch.packs_per_step, world_size_of(run, per_node))
     hardware, is_flash = hardware_of(run, per_node), computes_flash_attention(run)
     require_choice(question_of(run, hardware, is_flash=is_flash))

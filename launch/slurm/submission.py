@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 
 import click
 
@@ -51,9 +52,23 @@ def submit(start: Start, environ: Mapping[str, str], after: str | None) -> str:
         EnvironmentNotReady: the directory cannot be written, or Slurm does not answer.
     """
     run_dir = start.run_dir
-    with _removed_if_refused(start), held(run_dir.path, click.echo, lambda holder: None):
-        start.write()
-        job = slurm.submit(run_dir.sbatch, environ, after)
+    was_there = run_dir.path.exists()
+    try:
+        with held(run_dir.path, click.echo, lambda holder: None):
+            before = _files_of(start)
+            start.write()
+            try:
+                job = slurm.submit(run_dir.sbatch, environ, after)
+            except UserError as error:
+                # Not where Slurm gave no answer, nor at Ctrl-C: the job may be queued, and would find nothing.
+                if not isinstance(error, EnvironmentNotReady):
+                    _put_back(before)
+                raise
+    except UserError:
+        if not was_there:
+            with suppress(OSError):  # not empty: the job may be queued
+                run_dir.path.rmdir()
+        raise
     with suppress(OSError), run_dir.slurm_jobs.open("a", encoding="utf-8") as file:  # squeue knows its script too
         file.write(f"{job}\n")
     return job
@@ -83,27 +98,15 @@ def _recorded(run_dir: RunDir) -> set[str]:
         return set()
 
 
-@contextmanager
-def _removed_if_refused(start: Start) -> Iterator[None]:
-    """Put the run directory's files back to what they were when the job is refused.
+def _files_of(start: Start) -> dict[Path, bytes | None]:
+    """What the files that `start` writes hold now; None: they are not there."""
+    paths = [start.run_dir.path / name for name in (*start.files, start.run_dir.command.name)]
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
-    Not where Slurm gave no answer: the job may be queued, and would find nothing.
-    """
-    run_dir = start.run_dir
-    was_there = run_dir.path.exists()
-    paths = [run_dir.path / name for name in (*start.files, run_dir.command.name)]
-    before = {path: path.read_bytes() if path.is_file() else None for path in paths}
-    try:
-        yield
-    except EnvironmentNotReady:
-        raise
-    except BaseException:
-        for path, content in before.items():
-            if content is None:
-                path.unlink(missing_ok=True)
-            else:
-                path.write_bytes(content)
-        if not was_there:
-            with suppress(OSError):
-                run_dir.path.rmdir()
-        raise
+
+def _put_back(before: Mapping[Path, bytes | None]) -> None:
+    for path, content in before.items():
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(content)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from launch.plan.choose import Option, Question, choose, corrected, evaluated, lack, layouts, least_recompute, options
+from launch.plan.choose import (
+    Option,
+    Question,
+    choose,
+    combinations,
+    corrected,
+    evaluated,
+    lack,
+    layouts,
+    least_recompute,
+    options,
+)
 from launch.plan.unfit import refusal
 from qwen_dist.config import Batch, Data, Method, Model, Run, Source, Zero
 from qwen_dist.hardware import GB, GPUS, Hardware, Measured, gpu_named
@@ -264,3 +277,24 @@ def test_too_little_host_memory_is_told_by_the_layout_that_needs_least_of_it():
     sentence = said(ask(gpus=8, host_gb=25))
     assert "the host needs 92 GB of 25 at the least" in sentence
     assert "machines with 92 GB of memory (cluster.host_memory_gb)" in sentence
+
+
+def test_what_the_run_file_takes_leaves_something_to_choose():
+    """A combination that no layout has must be refused by the run file's own checks, in a sentence."""
+    num_taken = 0
+    for kind, stage, offload, hpz, path in itertools.product(
+        ("full", "lora", "qlora"), ("auto", 2, 3), ("auto", "none", "optimizer", "all"), ("auto", True, False),
+        (None, "/nvme"),
+    ):  # fmt: skip
+        try:
+            zero = Zero(stage=stage, offload=offload, hpz=hpz, nvme_path=path)
+            run = Run(
+                name="r", model=Model(path="Qwen/Qwen3-14B"), data=Data(train=(Source(path="x"),)),
+                method=Method(kind=kind), zero=zero,
+            )  # fmt: skip
+        except ValidationError:
+            continue
+        num_taken += 1
+        for hardware in (Hardware(GPUS[0], 2, 8, 10**12, 10**11), Hardware(None, 1, 2, 10**11, 0)):
+            assert list(combinations(run, hardware)), (kind, zero)
+    assert num_taken > 80

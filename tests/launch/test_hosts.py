@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.gpus import visible_gpus
+from launch.gpus import present_gpus, visible_gpus
 from launch.hosts import (
     inherited_environment,
     processes_per_node,
@@ -15,6 +15,7 @@ from launch.hosts import (
     trainer_environment,
     world_size_of,
 )
+from launch.plan.machine import seen_gpus
 from qwen_dist.config import Cluster, Data, Model, Run, Source
 from qwen_dist.errors import EnvironmentNotReady, UserError
 
@@ -25,13 +26,15 @@ def run_on(**cluster) -> Run:
 
 @pytest.fixture
 def three_gpus(tmp_path, monkeypatch):
-    """An nvidia-smi that lists three GPUs, as the real one writes them, MIG slices below one."""
-    lines = [f"GPU {n}: NVIDIA H100 80GB HBM3 (UUID: GPU-{n}{n})" for n in range(3)]
-    lines.insert(1, "  MIG 1g.10gb     Device  0: (UUID: MIG-aa)")
+    """An nvidia-smi that lists three GPUs, as the real one writes them."""
+    lines = [f"{n}, GPU-{n}{n}, NVIDIA H100 80GB HBM3, 580.95.05, 81559, 4, Enabled" for n in range(3)]
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(lines) + "\nEND\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    present_gpus.cache_clear()
+    yield
+    present_gpus.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,14 @@ def test_visible_gpus(three_gpus, allowed, expected):
     assert visible_gpus({} if allowed is None else {"CUDA_VISIBLE_DEVICES": allowed}) == expected
 
 
+def test_it_is_asked_once(three_gpus, monkeypatch):
+    assert seen_gpus() == {"NVIDIA H100 80GB HBM3": 81559 << 20}
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert visible_gpus({}) == ["0", "1", "2"]
+
+
 def test_no_driver_means_no_gpu(tmp_path, monkeypatch):
+    present_gpus.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) == []
 

@@ -65,9 +65,16 @@ def test_what_cannot_be_quantized_is_a_sentence(base, monkeypatch):
         require_bitsandbytes()
 
 
-@pytest.mark.parametrize(("section", "problem"), [("zero", "zero.stage 2"), ("model", "precision to bf16")])
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [("stage", "with zero.stage 3"), ("offload", "with zero.offload all"), ("model", "precision to bf16")],
+)
 def test_settings_that_do_not_go_with_it(section, problem):
-    given = {"zero": {"zero": {"stage": 3}}, "model": {"model": {"path": "m", "precision": "fp32"}}}[section]
+    given = {
+        "stage": {"zero": {"stage": 3}},
+        "offload": {"zero": {"offload": "all"}},
+        "model": {"model": {"path": "m", "precision": "fp32"}},
+    }[section]
     run = {"name": "r", "model": {"path": "m"}, "method": {"kind": "qlora"}, "data": {"train": [{"path": "x"}]}}
     with pytest.raises(ValueError, match=problem):
         Run.model_validate({**run, **given})
