@@ -23,4 +23,5 @@ class RawValues:
         return self.places.get(nearest, f"{self.file}:1")
 
     def complain(self, path: KeyPath, sentence: str) -> None:
-        self.problems.append(f"{self.place(path)}: {dotted(path)}: {sentence}")
+        key = f"{dotted(path)}: " if path else ""  # a problem between sections has no key of its own
+        self.problems.append(f"{self.place(path)}: {key}{sentence}")

@@ -226,3 +226,10 @@ def test_secrets_in_setup_lines_are_refused(write):
     assert len(found) == 1
     assert found[0].startswith("run.yaml:6: cluster.setup.1: holds a secret (WANDB_API_KEY)")
     assert "abc123" not in found[0]
+
+
+def test_a_problem_between_sections_has_no_key(project):
+    with pytest.raises(UserError) as error:
+        load_run("run.yaml", ["method.kind=qlora", "zero.offload=all"], {})
+    assert ": : " not in str(error.value)
+    assert ": method.kind qlora does not go with zero.offload all" in str(error.value)

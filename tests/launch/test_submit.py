@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+from launch.slurm import client, submission
 from launch.slurm.client import LiveJob, refusal, words_of
 from launch.slurm.submission import commands_text, refuse_live
+from launch.start import Start
 from qwen_dist.errors import EnvironmentNotReady, UserError
 from qwen_dist.run_dir import RunDir
 from tests.launch.conftest import snapshot, write_run
@@ -134,3 +136,29 @@ def test_a_slurm_that_does_not_answer():
     )
     assert isinstance(error, EnvironmentNotReady)
     assert error.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("ending", "is_put_back"),
+    [(UserError("refused"), True), (EnvironmentNotReady("no answer"), False), (KeyboardInterrupt(), False)],
+)
+@pytest.mark.parametrize("was_there", [True, False])
+def test_what_a_submit_without_a_job_leaves(tmp_path, monkeypatch, ending, is_put_back, was_there):
+    """A refused job leaves what was there; one that may be queued after all finds its files."""
+
+    def sbatch(*_: object) -> str:
+        raise ending
+
+    monkeypatch.setattr(client, "submit", sbatch)
+    run_dir = RunDir(tmp_path / "run")
+    if was_there:
+        run_dir.path.mkdir()
+        run_dir.sbatch.write_text("before")
+    before = snapshot(tmp_path)
+    start = Start(run_dir, "new", None, {"job.sbatch": "now", "run.json": {}}, [], {})
+    with pytest.raises(type(ending)):
+        submission.submit(start, {}, None)
+    if is_put_back:
+        assert snapshot(tmp_path) == before
+    else:
+        assert run_dir.sbatch.read_text() == "now" and run_dir.run_json.is_file()
