@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from qwen_dist.hardware import GB
 from tests.launch.plan_cases import ACCEPT, CASES, TOKENS, Case, by_hand, documented, table
 
 
 def test_the_table_is_what_the_planner_says():
     assert documented() == table(), f"accept the change with: {ACCEPT}"
+
+
+def test_the_readme_says_what_the_planner_says():
+    memory = CASES[0].choice(4096).chosen.memory
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"memory     {memory.peak / GB:.1f} of 84.9 GB a GPU, {memory.host / GB:.1f} GB of a machine" in text
+    recomputed = CASES[0].choice(4096).chosen.layout.recomputed_layers
+    assert f"layout     ZeRO-3, {recomputed} of 40 layers recomputed" in text
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.method}, {case.gpus}")
