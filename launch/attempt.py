@@ -15,7 +15,7 @@ from qwen_dist.errors import UserError
 from qwen_dist.run_dir import RunDir
 
 # What may differ under a resume: it changes neither the samples of a step nor its gradient.
-HARMLESS_SECTIONS = ("checkpoint", "evaluation", "tracking", "cluster")
+HARMLESS_SECTIONS = ("checkpoint", "evaluation", "tracking", "cluster", "faults")
 # Where things lie may change; what lies there is held by the data's fingerprint.
 HARMLESS_KEYS = ("output_dir", "data.cache")
 # What a run file may leave to the plan, by section.

@@ -15,7 +15,7 @@ from qwen_dist.config_cluster import Cluster, Container, Zero
 from qwen_dist.config_data import Curriculum, Data, Format, Source, SystemMessage, SystemText, TextSplit
 
 __all__ = [
-    "LINEAR_LAYERS", "Batch", "Checkpoint", "Cluster", "Container", "Curriculum", "Data", "Evaluation", "Format",
+    "LINEAR_LAYERS", "Batch", "Checkpoint", "Cluster", "Container", "Curriculum", "Data", "Evaluation", "Faults", "Format",
     "Length", "Method", "Model", "Optim", "Run", "Section", "Source", "SystemMessage", "SystemText", "TextSplit",
     "Tracking", "Wandb", "Zero",
 ]  # fmt: skip
@@ -31,15 +31,26 @@ class Model(Section):
     )
     tokenizer: str | None = Field(None, description="Hub id or folder of the tokenizer; default: the model's own")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model; default: its main branch")
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="Attention backend; auto: flash_attention_2 where installed on a GPU, else sdpa"
+    attention: Literal[
+        "auto", "flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen", "sdpa", "eager"
+    ] = Field("auto", description="Attention backend; auto: the fastest that is installed and the GPU supports")
+    kernels: Literal["auto", "liger", "torch"] = Field(
+        "auto",
+        description="RMSNorm, RoPE and SwiGLU: liger's fused kernels or torch's; auto: liger on a GPU if installed",
     )
+    compile: bool = Field(False, description="Compile each decoder layer with torch.compile")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="bf16: compute in bfloat16 with fp32 master weights; fp32: everything in fp32"
     )
     activation_checkpointing: Literal["auto"] | bool | Annotated[int, Field(ge=0)] = Field(
         "auto",
         description="Layers recomputed in backward: auto (as many as memory demands), true (all), false, or how many",
+    )
+    recompute: Literal["layer", "selective"] = Field(
+        "layer", description="Of a recomputed layer: everything, or selective: what is no matrix product or attention"
+    )
+    offload_activations: bool = Field(
+        False, description="Keep what backward needs in host memory, copied beside the computation; needs a GPU"
     )
 
 
@@ -52,6 +63,14 @@ class Method(Section):
     rank: Positive = Field(64, description="LoRA rank")
     alpha: Positive = Field(128, description="LoRA alpha; the update is scaled by alpha / rank")
     dropout: Share = Field(0.0, description="LoRA dropout, a share")
+    rslora: bool = Field(False, description="Scale the update by alpha / sqrt(rank) (rsLoRA)")
+    dora: bool = Field(False, description="Train each column's length apart from its direction (DoRA)")
+    init: Literal["default", "pissa"] = Field(
+        "default", description="Adapters start at zero, or from the weight's largest singular values (PiSSA)"
+    )
+    lr_ratio_b: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Learning rate of the B matrices as a multiple of optim.lr (LoRA+, about 16)"
+    )
     targets: tuple[NonEmpty, ...] = Field(LINEAR_LAYERS, description="Names of the linear layers that get an adapter")
 
     @property
@@ -74,6 +93,9 @@ class Batch(Section):
 class Optim(Section):
     """AdamW and its schedule."""
 
+    kind: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw: moments in fp32; adamw_8bit: in 8 bits through bitsandbytes"
+    )
     lr: Annotated[float, Field(gt=0)] = Field(1e-5, description="Peak learning rate; about 1e-5 full, 1e-4 LoRA")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after warm-up")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="Share of all steps that rises from 0")
@@ -96,6 +118,38 @@ class Checkpoint(Section):
 
     every_steps: Positive = Field(200, description="Optimizer steps between checkpoints; the last step always saves")
     keep: Positive = Field(3, description="Newest checkpoints kept")
+    keep_best: bool = Field(True, description="Keep the checkpoint with the lowest held-out loss as well")
+    in_background: Literal["auto"] | bool = Field(
+        "auto", description="Write while training goes on; auto: where host memory has room for a copy of the states"
+    )
+
+
+class Faults(Section):
+    """What is watched while a run trains, and what is done about a fault."""
+
+    self_test: bool = Field(
+        True, description="Before training, check the gradient of a small model against plain torch"
+    )
+    mock_step: bool = Field(
+        True, description="Before step 1, compute the largest micro-batch once: memory shows at once"
+    )
+    on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="A loss or gradient that is not finite: stop, skip the step, or go back to the last checkpoint",
+    )
+    on_spike: Literal["report", "rollback"] = Field(
+        "report", description="A loss far above the running median: report it, or go back to the last checkpoint"
+    )
+    spike_factor: Annotated[float, Field(gt=1)] = Field(
+        3.0, description="A loss above this multiple of the median of the last 100 steps is a spike"
+    )
+    max_skipped_steps: Positive = Field(10, description="Steps that may be skipped in all before the run stops")
+    hang_timeout_s: Positive = Field(
+        180, description="No progress for this long, or 10 times a usual step if that is longer, ends the run"
+    )
+    compare_replicas_every_steps: Positive | None = Field(
+        100, description="Steps between comparisons of weights that all GPUs must hold alike; null: never"
+    )
 
 
 class Evaluation(Section):
@@ -138,6 +192,7 @@ class Run(Section):
     zero: Zero = Field(Zero())
     cluster: Cluster = Field(Cluster())
     checkpoint: Checkpoint = Field(Checkpoint())
+    faults: Faults = Field(Faults())
     evaluation: Evaluation = Field(Evaluation())
     tracking: Tracking = Field(Tracking())
 

@@ -22,10 +22,10 @@ from transformers.initialization import no_init_weights
 from qwen_dist.config import Run
 from qwen_dist.errors import RunFailed, UserError
 from qwen_dist.run_dir import RunDir
-from qwen_dist.train.checkpoint import TAG, damage
-from qwen_dist.train.lora import add_adapters
-from qwen_dist.train.model import build_model, load_model_config, torch_dtype
-from qwen_dist.train.quantize import round_to_nf4
+from qwen_dist.train.checkpoint.commit import TAG, damage
+from qwen_dist.train.model.build import build_model, load_model_config, torch_dtype
+from qwen_dist.train.model.lora import add_adapters
+from qwen_dist.train.model.quantize import round_to_nf4
 
 STEP_NAME = re.compile(r"step_(\d{8})")
 

@@ -35,7 +35,7 @@ from qwen_dist.export.verify import (
 from qwen_dist.log import get_logger
 from qwen_dist.run_dir import RunDir, write_json
 from qwen_dist.serve.sampling import Mode
-from qwen_dist.train.model import torch_dtype
+from qwen_dist.train.model.build import torch_dtype
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from qwen_dist.config import Run
 from qwen_dist.data.batches import MicroBatch
 from qwen_dist.log import get_logger
 from qwen_dist.model_files import check_config
-from qwen_dist.train.attention import choose_attention, forward_arguments
-from qwen_dist.train.lora import add_adapters
 from qwen_dist.train.loss import summed_cross_entropy, supervised_positions
-from qwen_dist.train.model import build_model, load_model_config, num_layers_of, recompute_layers
+from qwen_dist.train.model.attention import choose_attention, forward_arguments
+from qwen_dist.train.model.build import build_model, load_model_config, num_layers_of, recompute_layers
+from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.optim import make_optimizer
 from qwen_dist.train.world import World
 

@@ -23,10 +23,11 @@ from qwen_dist.lease import Holder, held
 from qwen_dist.log import get_logger, log_to_file, start_logging
 from qwen_dist.report.reporter import Reporter
 from qwen_dist.run_dir import RunDir, write_json
-from qwen_dist.train.checkpoint import State, load_checkpoint, newest_checkpoint, read_state
+from qwen_dist.train.checkpoint.commit import State, load_checkpoint, newest_checkpoint, read_state
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.engine import Engine, make_engine
-from qwen_dist.train.loop import Job, train
+from qwen_dist.train.job import Job
+from qwen_dist.train.loop import train
 from qwen_dist.train.orphan import kill_children
 from qwen_dist.train.ranks import rank_environment
 from qwen_dist.train.signals import StopRequest

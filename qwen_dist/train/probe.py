@@ -30,7 +30,7 @@ from qwen_dist.errors import EXIT_DONE, EXIT_RUN_FAILED, EXIT_USAGE, UserError, 
 from qwen_dist.log import start_logging
 from qwen_dist.run_dir import write_json
 from qwen_dist.train.engine import Engine, make_engine
-from qwen_dist.train.model import build_model, load_model_config
+from qwen_dist.train.model.build import build_model, load_model_config
 from qwen_dist.train.orphan import end_with_launcher
 from qwen_dist.train.world import World, exit_at_once, start_world
 

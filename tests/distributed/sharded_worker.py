@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
-from qwen_dist.train.model import build_model
+from qwen_dist.train.model.build import build_model
 from qwen_dist.train.world import exit_at_once, start_world
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from qwen_dist.config import Run
-from qwen_dist.train.model import build_model
+from qwen_dist.train.model.build import build_model
 from tests.distributed.runs import REPO, SMALL_QWEN3, write_run_file
 
 

@@ -193,7 +193,7 @@ def test_the_reference_gradient_is_that_of_plain_torch(steps: dict[str, dict], t
     from gradient_worker import NumberedSamples
 
     from qwen_dist.config import Run
-    from qwen_dist.train.model import build_model
+    from qwen_dist.train.model.build import build_model
 
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     model = build_model(Run.model_validate(config(tmp_path, ONE_A_PACK)))

@@ -21,8 +21,8 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
-from qwen_dist.train.lora import add_adapters
-from qwen_dist.train.model import build_model
+from qwen_dist.train.model.build import build_model
+from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.optim import make_optimizer
 from qwen_dist.train.world import start_world
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3Mo
 
 from qwen_dist.data.batches import build_micro_batch
 from qwen_dist.errors import EnvironmentNotReady
-from qwen_dist.train.attention import choose_attention, forward_arguments
+from qwen_dist.train.model.attention import choose_attention, forward_arguments
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

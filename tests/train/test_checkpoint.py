@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qwen_dist.run_dir import RunDir
-from qwen_dist.train.checkpoint import _delete_old, _rng_name, _rng_state, damage, newest_checkpoint, restore_rng
+from qwen_dist.train.checkpoint.commit import _delete_old, _rng_name, _rng_state, damage, newest_checkpoint, restore_rng
 from qwen_dist.train.world import World
 
 CPU = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

@@ -11,7 +11,7 @@ import torch
 from qwen_dist.config import Model, Run
 from qwen_dist.errors import UserError
 from qwen_dist.model_files import check_config, is_hub_id, read_config, require_weights
-from qwen_dist.train.model import build_model, load_model_config
+from qwen_dist.train.model.build import build_model, load_model_config
 from tests.distributed.runs import SMALL_QWEN3
 
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from qwen_dist.config import Data, Method, Model, Run, Source
 from qwen_dist.errors import EnvironmentNotReady, UserError
 from qwen_dist.model_files import require_quantizable
-from qwen_dist.train.model import build_model
-from qwen_dist.train.quantize import require_bitsandbytes, round_to_nf4
+from qwen_dist.train.model.build import build_model
+from qwen_dist.train.model.quantize import require_bitsandbytes, round_to_nf4
 from tests.serve.tiny_model import tiny_config
 
 pytest.importorskip("bitsandbytes")

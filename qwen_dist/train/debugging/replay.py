@@ -23,8 +23,7 @@ from qwen_dist.errors import UserError
 from qwen_dist.export.consolidate import adapted_model, full_model, read_weights, step_of
 from qwen_dist.model_files import check_config
 from qwen_dist.run_dir import RunDir
-from qwen_dist.train.attention import choose_attention
-from qwen_dist.train.checkpoint import damage, restore_rng
+from qwen_dist.train.checkpoint.commit import damage, restore_rng
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.debugging.bench import Bench, layer_reports, whole_norm
 from qwen_dist.train.debugging.memory import bytes_by_part
@@ -35,8 +34,9 @@ from qwen_dist.train.debugging.room import require_room
 from qwen_dist.train.debugging.steps import make_deterministic, peak_bytes, shown_micro_batch
 from qwen_dist.train.debugging.view import JsonView, TextView, View
 from qwen_dist.train.engine import summed_loss
-from qwen_dist.train.lora import add_adapters, unwrapped
-from qwen_dist.train.model import build_model, load_model_config, num_layers_of, recompute_layers
+from qwen_dist.train.model.attention import choose_attention
+from qwen_dist.train.model.build import build_model, load_model_config, num_layers_of, recompute_layers
+from qwen_dist.train.model.lora import add_adapters, unwrapped
 from qwen_dist.train.world import World
 
 

@@ -12,7 +12,7 @@ from qwen_dist.errors import EnvironmentNotReady
 from qwen_dist.shapes import ModelShape, is_known_model, model_shape
 
 GB = 1e9
-BYTES_NF4 = 0.52  # a weight in 4 bits with its scales (qwen_dist/train/quantize.py)
+BYTES_NF4 = 0.52  # a weight in 4 bits with its scales (qwen_dist/train/model/quantize.py)
 # Of a trained weight: its fp32 gradient, its fp32 copy, and two moments in fp32.
 OPTIMIZER_BYTES = 16
 CGROUP = Path("/sys/fs/cgroup")

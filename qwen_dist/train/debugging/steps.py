@@ -18,7 +18,6 @@ from qwen_dist.data.order.shard import StepPlan, plan_run
 from qwen_dist.data.reading.rows import shown
 from qwen_dist.errors import counted
 from qwen_dist.run_dir import RunDir
-from qwen_dist.train.attention import choose_attention
 from qwen_dist.train.debugging.bench import Bench, NotFinite, compute, layer_reports, samples_of
 from qwen_dist.train.debugging.memory import bytes_by_part
 from qwen_dist.train.debugging.observe import Observer
@@ -26,7 +25,8 @@ from qwen_dist.train.debugging.reports import MicroBatchReport, StepReport
 from qwen_dist.train.debugging.room import require_room
 from qwen_dist.train.debugging.view import JsonView, TextView, View
 from qwen_dist.train.engine import Engine, make_engine
-from qwen_dist.train.model import load_model_config, num_layers_of
+from qwen_dist.train.model.attention import choose_attention
+from qwen_dist.train.model.build import load_model_config, num_layers_of
 from qwen_dist.train.optim import lr_at
 from qwen_dist.train.probe import run_of_depth
 from qwen_dist.train.world import start_world

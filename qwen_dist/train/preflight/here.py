@@ -28,7 +28,7 @@ def here(device: str, attention: str) -> dict[str, Any]:
         import torch
         from torch.utils.cpp_extension import CUDA_HOME, is_ninja_available
 
-        from qwen_dist.train.attention import choose_attention
+        from qwen_dist.train.model.attention import choose_attention
 
         found = software()
         found |= {"has_cuda": torch.cuda.is_available(), "cuda_error": _cuda_error(), "cuda_home": CUDA_HOME}

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qwen_dist.config import Model, Run
 from qwen_dist.errors import UserError
 from qwen_dist.model_files import require_quantizable, require_weights
-from qwen_dist.train.quantize import keep_packing, quantized_loading, require_bitsandbytes
+from qwen_dist.train.model.quantize import keep_packing, quantized_loading, require_bitsandbytes
 
 
 def torch_dtype(precision: str) -> torch.dtype:

@@ -24,7 +24,7 @@ import torch
 from qwen_dist.errors import RunFailed
 from qwen_dist.log import get_logger
 from qwen_dist.run_dir import RunDir, fsync_folder, write_atomically, write_json
-from qwen_dist.train.disk_states import disk_states_in_reach, disk_states_restored
+from qwen_dist.train.checkpoint.disk_states import disk_states_in_reach, disk_states_restored
 from qwen_dist.train.engine import Engine
 from qwen_dist.train.world import World
 
