@@ -15,8 +15,8 @@ from qwen_dist.config_cluster import Cluster, Container, Zero
 from qwen_dist.config_data import Curriculum, Data, Format, Source, SystemMessage, SystemText, TextSplit
 
 __all__ = [
-    "LINEAR_LAYERS", "Batch", "Checkpoint", "Cluster", "Container", "Curriculum", "Data", "Evaluation", "Faults", "Format",
-    "Length", "Method", "Model", "Optim", "Run", "Section", "Source", "SystemMessage", "SystemText", "TextSplit",
+    "LINEAR_LAYERS", "Batch", "Checkpoint", "Cluster", "Container", "Curriculum", "Data", "Evaluation", "Faults",
+    "Format", "Length", "Method", "Model", "Optim", "Run", "Section", "Source", "SystemMessage", "SystemText", "TextSplit",
     "Tracking", "Wandb", "Zero",
 ]  # fmt: skip
 
