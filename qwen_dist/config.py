@@ -16,8 +16,8 @@ from qwen_dist.config_data import Curriculum, Data, Format, Source, SystemMessag
 
 __all__ = [
     "LINEAR_LAYERS", "Batch", "Checkpoint", "Cluster", "Container", "Curriculum", "Data", "Evaluation", "Faults",
-    "Format", "Length", "Method", "Model", "Optim", "Run", "Section", "Source", "SystemMessage", "SystemText", "TextSplit",
-    "Tracking", "Wandb", "Zero",
+    "Format", "Length", "Method", "Model", "Optim", "Run", "Section", "Source", "SystemMessage", "SystemText",
+    "TextSplit", "Tracking", "Wandb", "Zero",
 ]  # fmt: skip
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
