@@ -5,6 +5,7 @@ Shapes: 1 one row, T tokens of the row, S samples of it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -40,6 +41,7 @@ class MicroBatch:
         num_tokens: tokens of samples; 0 where there are none, and the one token is padding.
         num_supervised: supervised tokens.
         weights_1T: float32, each token's weight in the loss; None where every supervised token counts once.
+        dropout_seed: of torch's generators when its forward begins; None: they are left as they are.
     """
 
     input_ids_1T: Tensor
@@ -50,6 +52,7 @@ class MicroBatch:
     num_tokens: int
     num_supervised: int
     weights_1T: Tensor | None = None
+    dropout_seed: int | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`; from pinned memory the copy does not wait."""
@@ -59,18 +62,41 @@ class MicroBatch:
         """The same batch in page-locked host memory."""
         return self._map(Tensor.pin_memory)
 
+    def seed_dropout(self) -> None:
+        """Put torch's generators, of CPU and GPUs, where this batch's dropout masks begin."""
+        if self.dropout_seed is not None:
+            torch.manual_seed(self.dropout_seed)
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         names = ("input_ids_1T", "position_ids_1T", "labels_1T", "cu_seq_lens", "weights_1T")
         values = {name: getattr(self, name) for name in names}
         return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
-def build_micro_batch(prepared: Samples, sample_indices: np.ndarray, pad_id: int) -> MicroBatch:
+def seed_of_dropout(seed: int, step: int, samples_N: np.ndarray) -> int:
+    """The seed of a micro-batch's dropout masks, 0 to 2^63 - 1: of what is computed, not of who computes it.
+
+    The same samples in the same step have the same masks on any rank, in any world and after any restart. Which
+    samples meet in a micro-batch is the plan's: with packs_per_micro_batch 1 it does not depend on the world size.
+
+    Args:
+        seed: the run's.
+        step: optimizer step, from 1.
+        samples_N: the micro-batch's samples, in order.
+    """
+    numbers = np.concatenate([[seed, step], samples_N]).astype("<i8")
+    return int.from_bytes(hashlib.blake2b(numbers.tobytes(), digest_size=8).digest(), "little") >> 1
+
+
+def build_micro_batch(
+    prepared: Samples, sample_indices: np.ndarray, pad_id: int, dropout_seed: int | None = None
+) -> MicroBatch:
     """Lay samples end to end; no sample becomes one pad token without label, so that every rank computes.
 
     Args:
         sample_indices: the samples, in order.
         pad_id: the token of a micro-batch without samples.
+        dropout_seed: of `seed_of_dropout`.
     """
     samples = [prepared.sample(int(index)) for index in sample_indices]
     num_tokens = sum(len(ids_T) for ids_T, _ in samples)
@@ -87,6 +113,7 @@ def build_micro_batch(prepared: Samples, sample_indices: np.ndarray, pad_id: int
         num_tokens=num_tokens,
         num_supervised=int((labels_T != NOT_TRAINED).sum()),
         weights_1T=torch.from_numpy(np.concatenate(weights))[None] if weights else None,
+        dropout_seed=dropout_seed,
     )
 
 

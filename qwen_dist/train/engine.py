@@ -51,6 +51,7 @@ class Engine:
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """The micro-batch's weighted sum of negative log-likelihoods, to be given to `backward_of`."""
+        batch.seed_dropout()
         return summed_loss(self.ds_engine, batch, self.backend, self.world.device)
 
     def backward_of(self, nll_sum: torch.Tensor, step_weight: float) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwen_dist.data.batches import MicroBatch, build_micro_batch
+from qwen_dist.data.batches import MicroBatch, build_micro_batch, seed_of_dropout
 from qwen_dist.data.cache.prepare import Prepared
 from qwen_dist.data.order.shard import StepPlan
 from qwen_dist.train.world import World
@@ -39,10 +39,13 @@ class Feed:
         world: this rank reads only its own share.
         first_step: the step to begin with, from 1.
         pad_id: the token that stands in a micro-batch without samples.
+        seed: the run's.
     """
 
-    def __init__(self, prepared: Prepared, plan: StepPlan, world: World, first_step: int, pad_id: int) -> None:
-        self._prepared, self._plan, self._world, self._pad_id = prepared, plan, world, pad_id
+    def __init__(
+        self, prepared: Prepared, plan: StepPlan, world: World, first_step: int, pad_id: int, seed: int
+    ) -> None:
+        self._prepared, self._plan, self._world, self._pad_id, self._seed = prepared, plan, world, pad_id, seed
         self._ready: queue.Queue[StepInput | BaseException] = queue.Queue(STEPS_AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(first_step,), name="feed", daemon=True)
@@ -66,13 +69,17 @@ class Feed:
         try:
             for step in range(first_step, self._plan.num_steps + 1):
                 samples = self._plan.packs_of(step, self._world.rank, self._world.world_size)
-                batches = [build_micro_batch(self._prepared, of_batch, self._pad_id) for of_batch in samples]
+                batches = [self._batch(step, of_batch) for of_batch in samples]
                 if self._world.device.type == "cuda":
                     batches = [batch.pin_memory() for batch in batches]
                 if not self._put(StepInput(batches, np.concatenate(samples))):
                     return
         except BaseException as error:
             self._put(error)
+
+    def _batch(self, step: int, samples_N: np.ndarray) -> MicroBatch:
+        dropout_seed = seed_of_dropout(self._seed, step, samples_N)
+        return build_micro_batch(self._prepared, samples_N, self._pad_id, dropout_seed)
 
     def _put(self, item: StepInput | BaseException) -> bool:
         while not self._closed.is_set():

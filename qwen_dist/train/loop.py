@@ -22,7 +22,7 @@ def train(job: Job, state: State) -> Iterator[State]:
     Raises:
         RunFailed: the loss is not finite, or a checkpoint could not be written.
     """
-    feed = Feed(job.train, job.plan, job.engine.world, state.step + 1, job.pad_id)
+    feed = Feed(job.train, job.plan, job.engine.world, state.step + 1, job.pad_id, job.run.seed)
     try:
         for step in range(state.step + 1, job.plan.num_steps + 1):
             metrics, stop = train_step(job, feed, step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qwen_dist.data.batches import build_micro_batch
+from qwen_dist.data.batches import build_micro_batch, seed_of_dropout
 
 
 class TwoSamples:
@@ -47,3 +47,26 @@ def test_an_empty_pack_is_one_untrained_pad_token() -> None:
     assert (batch.input_ids_1T.tolist(), batch.labels_1T.tolist()) == ([[99]], [[-100]])
     assert (batch.cu_seq_lens.tolist(), batch.max_length) == ([0, 1], 1)
     assert (batch.num_tokens, batch.num_supervised) == (0, 0)
+
+
+def test_dropout_masks_are_of_what_is_computed() -> None:
+    seeds = {
+        seed_of_dropout(seed, step, np.array(samples, dtype=dtype))
+        for seed in (0, 1)
+        for step in (1, 2)
+        for samples in ([], [0], [1], [0, 1], [1, 0])
+        for dtype in (np.int32, np.int64)
+    }
+    assert len(seeds) == 20, "each micro-batch of each step has masks of its own, however its numbers are held"
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_seeded_batch_begins_with_the_same_random_numbers() -> None:
+    batch = build_micro_batch(TwoSamples(), np.array([0]), pad_id=99, dropout_seed=5)
+    batch.seed_dropout()
+    expected = torch.rand(3)
+    batch.to(torch.device("cpu")).seed_dropout()
+    assert torch.equal(torch.rand(3), expected)
+    state = torch.get_rng_state()
+    build_micro_batch(TwoSamples(), np.array([0]), pad_id=99).seed_dropout()
+    assert torch.equal(torch.get_rng_state(), state), "a held-out batch leaves the generators alone"

@@ -65,7 +65,12 @@ def samples_of(data: Prepared, indices: Iterable[int]) -> list[SampleReport]:
 
 
 def compute(
-    bench: Bench, number: int, samples_N: np.ndarray, samples: Sequence[SampleReport], step_weight: float
+    bench: Bench,
+    number: int,
+    samples_N: np.ndarray,
+    samples: Sequence[SampleReport],
+    step_weight: float,
+    dropout_seed: int,
 ) -> MicroBatchReport:
     """Forward and backward of one micro-batch.
 
@@ -74,11 +79,12 @@ def compute(
         samples_N: numbers of its samples.
         samples: of `samples_of`.
         step_weight: what the step's loss is divided by.
+        dropout_seed: of its masks, as the trainer's loop has it.
 
     Raises:
         NotFinite: its loss is not a number, with what was seen.
     """
-    batch = build_micro_batch(bench.data, samples_N, bench.pad_id)
+    batch = build_micro_batch(bench.data, samples_N, bench.pad_id, dropout_seed)
     started = bench.now()
     with bench.observer.forward(batch):
         nll_sum = bench.forward(batch)

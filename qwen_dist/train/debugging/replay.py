@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from qwen_dist.config import Run
+from qwen_dist.data.batches import MicroBatch, seed_of_dropout
 from qwen_dist.data.cache.prepared import Prepared
 from qwen_dist.data.encoding.tokenizer import load_tokenizer
 from qwen_dist.data.order.shard import plan_run
@@ -23,7 +24,7 @@ from qwen_dist.errors import UserError
 from qwen_dist.export.consolidate import adapted_model, full_model, read_weights, step_of
 from qwen_dist.model_files import check_config
 from qwen_dist.run_dir import RunDir
-from qwen_dist.train.checkpoint.commit import damage, restore_rng
+from qwen_dist.train.checkpoint.commit import damage
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.debugging.bench import Bench, layer_reports, whole_norm
 from qwen_dist.train.debugging.memory import bytes_by_part
@@ -82,10 +83,15 @@ def replay(run_dir: RunDir, step: int, rank: int, as_json: bool) -> None:
     check_config(load_model_config(run.model).to_dict(), run.model.path, tokenizer.num_ids)
     world = World(rank, recorded.entry.world_size, 0, device)
     model, backend, reason = build(run, weights, world)
+
+    def forward(batch: MicroBatch) -> torch.Tensor:
+        batch.seed_dropout()
+        return summed_loss(model, batch, backend, device)
+
     bench = Bench(
         model=model,
         observer=Observer(model),
-        forward=lambda batch: summed_loss(model, batch, backend, device),
+        forward=forward,
         backward=lambda nll_sum, weight: (nll_sum / weight).backward(),
         gradient=lambda parameter: parameter.grad,
         world=world,
@@ -94,8 +100,6 @@ def replay(run_dir: RunDir, step: int, rank: int, as_json: bool) -> None:
     )
     view: View = JsonView() if as_json else TextView(data, tokenizer)
     view.about(_about(run, recorded, weights, f"{backend} ({reason})", device))
-    if weights.is_exact and weights.checkpoint is not None:
-        restore_rng(weights.checkpoint, world)
     view.step(replay_step(bench, recorded, micro_batches, step_weight, view))
 
 
@@ -107,7 +111,8 @@ def replay_step(
     reports = []
     for number, samples_N in enumerate(micro_batches, start=1):
         title = f"step {entry.step}, rank {entry.rank}, micro-batch {number} of {len(micro_batches)}"
-        reports.append(shown_micro_batch(bench, view, title, number, samples_N, step_weight))
+        dropout_seed = seed_of_dropout(recorded.run.seed, entry.step, samples_N)
+        reports.append(shown_micro_batch(bench, view, title, number, samples_N, step_weight, dropout_seed))
     layers = layer_reports(bench, reports)
     loss, norm = sum(report.nll_sum for report in reports) / step_weight, whole_norm(layers)
     facts = {"loss": f"{loss:.6g} (this rank's part)", "gradient norm": f"{norm:.4g} (of this part)"}

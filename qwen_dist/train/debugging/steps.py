@@ -12,6 +12,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from qwen_dist.config import Run
+from qwen_dist.data.batches import seed_of_dropout
 from qwen_dist.data.cache.few import prepare_few
 from qwen_dist.data.encoding.tokenizer import load_tokenizer
 from qwen_dist.data.order.shard import StepPlan, plan_run
@@ -85,7 +86,8 @@ def debug_step(run: Run, bench: Bench, engine: Engine, plan: StepPlan, step: int
         if number > 1:
             engine.end_micro_batch()
         title = f"step {step}, micro-batch {number} of {len(micro_batches)}"
-        reports.append(shown_micro_batch(bench, view, title, number, samples_N, weight))
+        dropout_seed = seed_of_dropout(run.seed, step, samples_N)
+        reports.append(shown_micro_batch(bench, view, title, number, samples_N, weight, dropout_seed))
     layers = layer_reports(bench, reports)
     memory = bytes_by_part(bench.model, engine.ds_engine.optimizer)
     engine.step(lr)
@@ -106,14 +108,20 @@ def debug_step(run: Run, bench: Bench, engine: Engine, plan: StepPlan, step: int
 
 
 def shown_micro_batch(
-    bench: Bench, view: View, title: str, number: int, samples_N: np.ndarray, step_weight: float
+    bench: Bench,
+    view: View,
+    title: str,
+    number: int,
+    samples_N: np.ndarray,
+    step_weight: float,
+    dropout_seed: int,
 ) -> MicroBatchReport:
     """Show a micro-batch, compute it, and show what came of it, a failure too."""
     indices = [int(index) for index in samples_N]
     samples = samples_of(bench.data, indices)
     view.batch(title, indices, samples)
     try:
-        report = compute(bench, number, samples_N, samples, step_weight)
+        report = compute(bench, number, samples_N, samples, step_weight, dropout_seed)
     except NotFinite as error:
         view.micro_batch(error.report)
         raise
