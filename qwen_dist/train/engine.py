@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import deepspeed
@@ -55,11 +56,20 @@ class Engine:
         return summed_loss(self.ds_engine, batch, self.backend, self.world.device)
 
     def backward_of(self, nll_sum: torch.Tensor, step_weight: float) -> None:
-        """`backward` of what `forward` returned."""
-        self.ds_engine.backward(nll_sum * (self.world.world_size / step_weight), scale_wrt_gas=False)
+        """`backward` of what `forward` returned.
+
+        A sum that is not finite may have a gradient that is (-log 0, on the logit's side): its factor becomes NaN, so
+        that `step` refuses the gradient wherever the loss is refused. Of a finite sum, 0 x it adds nothing.
+        """
+        factor = self.world.world_size / step_weight + 0.0 * nll_sum.detach()
+        self.ds_engine.backward(nll_sum * factor, scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
-        """Clip and apply the step's gradient at learning rate `lr`; only after the last micro-batch."""
+        """Clip and apply the step's gradient at learning rate `lr`; only after the last micro-batch.
+
+        A gradient that is not finite is dropped on all ranks, and weights and moments stay as they were: DeepSpeed
+        (0.19.8) looks at the norm over all ranks before it updates, at every stage, also without clipping.
+        """
         for group in self.ds_engine.optimizer.param_groups:
             group["lr"] = lr
         self.ds_engine.step()
@@ -74,8 +84,8 @@ class Engine:
         return self.forward(batch)
 
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
-        return float(self.ds_engine.get_global_grad_norm() or 0.0)
+        """Global gradient norm of the last step, before clipping; infinite where that step was dropped."""
+        return float(self.ds_engine.get_global_grad_norm() or 0.0) if self.ds_engine.was_step_applied() else math.inf
 
 
 def summed_loss(model: torch.nn.Module, batch: MicroBatch, backend: str, device: torch.device) -> torch.Tensor:

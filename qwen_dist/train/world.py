@@ -41,6 +41,15 @@ class World:
             dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, values_N: torch.Tensor) -> torch.Tensor:
+        """values_WN: each rank's `values_N`, by rank."""
+        own_N = values_N.to(self.device)
+        if self.world_size == 1:
+            return own_N[None]
+        found = [torch.empty_like(own_N) for _ in range(self.world_size)]
+        dist.all_gather(found, own_N)
+        return torch.stack(found)
+
     def share(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
         box = [value]
