@@ -105,7 +105,16 @@ def summed_loss(model: torch.nn.Module, batch: MicroBatch, backend: str, device:
 
 
 def make_engine(run: Run, ds_config: dict[str, Any], world: World, num_token_ids: int = 0) -> Engine:
-    """Build the run's model and hand it to DeepSpeed.
+    """Build the run's model and hand it to DeepSpeed: `make_model`, then `start_engine`."""
+    model, backend, reason = make_model(run, ds_config, world, num_token_ids)
+    get_logger().info("attention %s (%s)", backend, reason)
+    return start_engine(run, ds_config, world, model, backend)
+
+
+def make_model(
+    run: Run, ds_config: dict[str, Any], world: World, num_token_ids: int = 0
+) -> tuple[torch.nn.Module, str, str]:
+    """The model that is trained, with its adapters; its attention backend, and why that one.
 
     Args:
         run: the run.
@@ -118,11 +127,15 @@ def make_engine(run: Run, ds_config: dict[str, Any], world: World, num_token_ids
     """
     check_config(load_model_config(run.model).to_dict(), run.model.path, num_token_ids)
     backend, reason = choose_attention(run.model.attention, world.device.type)
-    get_logger().info("attention %s (%s)", backend, reason)
     model: torch.nn.Module = build_model(run, ds_config, backend, world.device)
     if run.method.has_adapters:
         model = add_adapters(model, run.method, run.seed)
     recompute_layers(model, run.num_recomputed(num_layers_of(model)))
+    return model, backend, reason
+
+
+def start_engine(run: Run, ds_config: dict[str, Any], world: World, model: torch.nn.Module, backend: str) -> Engine:
+    """Hand a model of `make_model` and its optimizer to DeepSpeed."""
     optimizer = make_optimizer(model, run.optim)
     ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     ds_engine.train()
