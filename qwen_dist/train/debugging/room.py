@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import psutil
 import torch
 
 from qwen_dist.config import Run
 from qwen_dist.errors import EnvironmentNotReady
 from qwen_dist.shapes import ModelShape, is_known_model, model_shape
+from qwen_dist.train.host_memory import free_host_bytes
 
 GB = 1e9
 BYTES_NF4 = 0.52  # a weight in 4 bits with its scales (qwen_dist/train/model/quantize.py)
 # Of a trained weight: its fp32 gradient, its fp32 copy, and two moments in fp32.
 OPTIMIZER_BYTES = 16
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def least_bytes(run: Run, shape: ModelShape, has_optimizer: bool) -> tuple[float, float]:
@@ -70,13 +67,3 @@ def require_room(run: Run, device: torch.device, has_optimizer: bool, fix: str) 
 
 def _gb(num_bytes: float) -> str:
     return f"{num_bytes / GB:,.0f}" if num_bytes >= 10 * GB else f"{num_bytes / GB:.2g}"
-
-
-def free_host_bytes() -> float:
-    """Free host memory, as far as a container's limit leaves it to us."""
-    free = float(psutil.virtual_memory().available)
-    try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, float(limit) - float(used))
-    except (OSError, ValueError):
-        return free
