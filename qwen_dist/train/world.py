@@ -57,6 +57,13 @@ class World:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def share_all(self, value: Any) -> list[Any]:
+        """Every rank's `value`, by rank, on every rank."""
+        everyone: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everyone, value)
+        return everyone
+
     def all_succeeded(self, succeeded: bool) -> bool:
         """Whether every rank succeeded; every rank learns it, and has arrived."""
         return self.sum([0.0 if succeeded else 1.0])[0] == 0.0
