@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from qwen_dist.train.checkpoint.commit import State, save_checkpoint
+from qwen_dist.train.checkpoint.commit import save_checkpoint
+from qwen_dist.train.checkpoint.state import State
 from qwen_dist.train.evaluate import held_out_loss
 from qwen_dist.train.feed import Feed
 from qwen_dist.train.job import Job
@@ -80,7 +81,8 @@ def _evaluate(job: Job, state: State) -> None:
 def _save(job: Job, state: State) -> None:
     started = time.perf_counter()
     job.ledger.sync()
-    folder = save_checkpoint(job.engine, job.run_dir, state, job.run.checkpoint.keep)
+    folder, save_bytes = save_checkpoint(job.engine, job.run_dir, state, job.run.checkpoint.keep)
     if job.reporter is not None:
         save_time_s = time.perf_counter() - started
-        job.reporter.saved({"step": state.step, "epoch": state.epoch, "save_time_s": save_time_s}, folder.name)
+        told = {"step": state.step, "epoch": state.epoch, "save_time_s": save_time_s, "save_bytes": save_bytes}
+        job.reporter.saved(told, folder.name)

@@ -23,7 +23,8 @@ from qwen_dist.lease import Holder, held
 from qwen_dist.log import get_logger, log_to_file, start_logging
 from qwen_dist.report.reporter import Reporter
 from qwen_dist.run_dir import RunDir, write_json
-from qwen_dist.train.checkpoint.commit import State, load_checkpoint, newest_checkpoint, read_state
+from qwen_dist.train.checkpoint.commit import load_checkpoint, newest_checkpoint
+from qwen_dist.train.checkpoint.state import State, read_state
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.job import Job

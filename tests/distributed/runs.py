@@ -17,6 +17,8 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_dist.report.metrics import read_metrics
+from qwen_dist.train.checkpoint.reader import Saved
+from qwen_dist.train.checkpoint.state import read_state
 
 REPO = Path(__file__).resolve().parents[2]
 DEMO = REPO / "examples" / "demo"
@@ -112,19 +114,7 @@ def step_metrics(run_dir: Path) -> dict[int, dict]:
 
 
 def engine_tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint's DeepSpeed files: weights, masters and optimizer moments, by file and place."""
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(value: object, place: str) -> None:
-        if isinstance(value, torch.Tensor):
-            found[place] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, f"{place}/{key}")
-        elif isinstance(value, list | tuple):
-            for index, inner in enumerate(value):
-                walk(inner, f"{place}/{index}")
-
-    for file in sorted((run_dir / "checkpoints" / f"step_{step:08d}" / "engine").glob("*.pt")):
-        walk(torch.load(file, weights_only=False), file.name)
-    return found
+    """Every tensor of a checkpoint, whole: masters and moments by name, whoever saved them."""
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    saved = Saved(folder, read_state(folder).world_size)
+    return {key: saved.whole(key) for key in saved.slices}
