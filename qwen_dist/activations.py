@@ -16,6 +16,9 @@ from qwen_dist.shapes import ModelShape
 # their log-softmax, and the gradient of the chunk before.
 LOSS_CHUNK_ROWS, LOSS_CHUNK_TENSORS = 256, 3
 FP32 = 4
+# Of offloaded activations: layers whose own stay on the device, or are there at a time; and the size in which host
+# memory is page-locked for them. A power of two: torch rounds up to one (ATen/core/CachingHostAllocator.h, 2.13).
+LAYERS_ON_DEVICE, OFFLOAD_CHUNK_BYTES = 2, 256 * 2**20
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from qwen_dist.log import get_logger
 from qwen_dist.model_files import check_config
 from qwen_dist.train.loss import summed_cross_entropy, supervised_positions
 from qwen_dist.train.model.attention import choose_attention, forward_arguments
-from qwen_dist.train.model.build import build_model, load_model_config, num_layers_of, recompute_layers
+from qwen_dist.train.model.build import build_model, load_model_config
 from qwen_dist.train.model.lora import add_adapters
+from qwen_dist.train.model.recompute import save_activations
 from qwen_dist.train.optim import make_optimizer
 from qwen_dist.train.world import World
 
@@ -130,7 +131,7 @@ def make_model(
     model: torch.nn.Module = build_model(run, ds_config, backend, world.device)
     if run.method.has_adapters:
         model = add_adapters(model, run.method, run.seed)
-    recompute_layers(model, run.num_recomputed(num_layers_of(model)))
+    save_activations(model, run, world.device)
     return model, backend, reason
 
 

@@ -25,8 +25,8 @@ from qwen_dist.config import Method
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape
 from qwen_dist.train.loss import summed_cross_entropy
-from qwen_dist.train.model.build import recompute_layers
 from qwen_dist.train.model.lora import add_adapters
+from qwen_dist.train.model.recompute import recompute_layers
 
 
 class _Flash(torch.autograd.Function):

@@ -28,8 +28,9 @@ from qwen_dist.train.debugging.reports import LayerReport, StepReport
 from qwen_dist.train.debugging.room import least_bytes, require_room
 from qwen_dist.train.debugging.view import TextView
 from qwen_dist.train.engine import summed_loss
-from qwen_dist.train.model.build import build_model, recompute_layers
+from qwen_dist.train.model.build import build_model
 from qwen_dist.train.model.lora import add_adapters
+from qwen_dist.train.model.recompute import recompute_layers
 from tests.distributed.runs import DEMO, SMALL_QWEN3
 
 CPU = torch.device("cpu")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from qwen_dist.config import Method, Run
-from qwen_dist.train.model.build import build_model, num_layers_of, recompute_layers
+from qwen_dist.train.model.build import build_model
 from qwen_dist.train.model.lora import add_adapters, unwrapped
+from qwen_dist.train.model.recompute import num_layers_of, recompute_layers
 from tests.distributed.runs import SMALL_QWEN3
 
 NUM_LAYERS = 3

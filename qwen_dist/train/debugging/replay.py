@@ -36,8 +36,9 @@ from qwen_dist.train.debugging.steps import make_deterministic, peak_bytes, show
 from qwen_dist.train.debugging.view import JsonView, TextView, View
 from qwen_dist.train.engine import summed_loss
 from qwen_dist.train.model.attention import choose_attention
-from qwen_dist.train.model.build import build_model, load_model_config, num_layers_of, recompute_layers
+from qwen_dist.train.model.build import build_model, load_model_config
 from qwen_dist.train.model.lora import add_adapters, unwrapped
+from qwen_dist.train.model.recompute import save_activations
 from qwen_dist.train.world import World
 
 
@@ -170,7 +171,7 @@ def build(run: Run, weights: Weights, world: World) -> tuple[torch.nn.Module, st
     base = unwrapped(model)
     base.set_attn_implementation(backend)
     base.config.use_cache = False
-    recompute_layers(model, run.num_recomputed(num_layers_of(model)))
+    save_activations(model, run, world.device)
     return model.to(world.device).train(), backend, reason
 
 

@@ -27,7 +27,8 @@ from qwen_dist.train.debugging.room import require_room
 from qwen_dist.train.debugging.view import JsonView, TextView, View
 from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.model.attention import choose_attention
-from qwen_dist.train.model.build import load_model_config, num_layers_of
+from qwen_dist.train.model.build import load_model_config
+from qwen_dist.train.model.recompute import num_layers_of
 from qwen_dist.train.optim import lr_at
 from qwen_dist.train.probe import run_of_depth
 from qwen_dist.train.world import start_world

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwen_dist.config import Model, Run
 from qwen_dist.errors import UserError
@@ -102,31 +101,6 @@ def init_weights(model: torch.nn.Module, seed: int) -> None:
             else:
                 generator = torch.Generator().manual_seed(_seed_of(name, seed))
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-
-def num_layers_of(model: torch.nn.Module) -> int:
-    """Decoder layers of a model, peft's wrapper or not."""
-    return len(_decoder_layers(model))
-
-
-def recompute_layers(model: torch.nn.Module, num_layers: int) -> None:
-    """Recompute the first `num_layers` decoder layers in backward instead of keeping their activations.
-
-    The first ones, since memory is fullest when backward begins: it takes the last layers first, and frees what they
-    kept before the first recomputed layer makes its activations anew. Not reentrant: gradients reach adapters
-    although no input of a layer over a frozen embedding requires one.
-    """
-    if num_layers == 0:
-        return
-    # transformers 5.23 renamed the switch; ranges down to 5.17 know the old name only.
-    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    switch({"use_reentrant": False})
-    for layer in _decoder_layers(model)[num_layers:]:
-        layer.gradient_checkpointing = False
-
-
-def _decoder_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextlib.contextmanager
