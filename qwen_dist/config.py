@@ -118,7 +118,9 @@ class Checkpoint(Section):
 
     every_steps: Positive = Field(200, description="Optimizer steps between checkpoints; the last step always saves")
     keep: Positive = Field(3, description="Newest checkpoints kept")
-    keep_best: bool = Field(True, description="Keep the checkpoint with the lowest held-out loss as well")
+    keep_best: bool = Field(
+        True, description="Save when the held-out loss is the lowest so far, and keep that checkpoint as well"
+    )
     in_background: Literal["auto"] | bool = Field(
         "auto", description="Write while training goes on; auto: where host memory has room for a copy of the states"
     )
@@ -206,6 +208,11 @@ class Run(Section):
                     )
             if self.model.precision == "fp32":
                 raise ValueError("method.kind qlora computes in bf16; set model.precision to bf16")
+        if self.checkpoint.in_background is True and self.zero.nvme_path is not None:
+            raise ValueError(
+                "checkpoint.in_background true does not go with zero.nvme_path: memory has no room for a copy of what "
+                "lies on a disk; remove one of them"
+            )
         return self
 
     def _needs_sharded_weights(self) -> dict[str, bool]:
@@ -224,6 +231,11 @@ class Run(Section):
         if self.zero.stage != "auto":
             return self.zero.stage
         return 2 if self.method.kind == "qlora" else 3
+
+    @property
+    def num_checkpoints(self) -> int:
+        """Most checkpoints that are kept at a time, besides one that is being written."""
+        return self.checkpoint.keep + (1 if self.checkpoint.keep_best and self.data.eval else 0)
 
     @property
     def packs_per_micro_batch(self) -> int:
@@ -268,6 +280,8 @@ class Run(Section):
         found += self._data_settings_without_effect()
         if not self.data.eval and self.evaluation.every_steps is not None:
             found.append("evaluation.every_steps has no effect without data.eval.")
+        if not self.data.eval and "keep_best" in self.checkpoint.model_fields_set:
+            found.append("checkpoint.keep_best has no effect without data.eval.")
         if self.optim.schedule == "constant" and "min_lr_ratio" in self.optim.model_fields_set:
             found.append("optim.min_lr_ratio has no effect with optim.schedule=constant.")
         return found

@@ -27,7 +27,7 @@ class DiskRoom:
 
 
 def disk_room(run: Run, gpus_per_node: int = 1) -> DiskRoom:
-    """The room of a run: `checkpoint.keep` checkpoints and one that is being written, and the export.
+    """The room of a run: all checkpoints that are kept and one that is being written, and the export.
 
     Args:
         run: the run; where its ZeRO stage is open, that with the larger checkpoints is taken.
@@ -50,7 +50,7 @@ def disk_room(run: Run, gpus_per_node: int = 1) -> DiskRoom:
         on_nvme=on_nvme,
     )
     disk = memory_of(model_shape(run.model.path), layout).disk
-    kept = disk.checkpoint * (run.checkpoint.keep + 1) + disk.export + disk.adapter
+    kept = disk.checkpoint * (run.num_checkpoints + 1) + disk.export + disk.adapter
     return DiskRoom(disk.checkpoint, disk.export, kept + SMALL_FILES_BYTES, disk.offloaded)
 
 

@@ -119,16 +119,16 @@ def disk(subject: Subject) -> Check | None:
         return None
     except OSError as error:
         return fail("disk", f"{short_path(run.output_dir)} cannot be asked ({error.strerror})", "set output_dir.")
-    check = judge_disk(room, missing, free, run.checkpoint.keep)
+    check = judge_disk(room, missing, free, run.num_checkpoints)
     if is_known_model(run.model.path):
         return check
     return Check(check.name, check.state, f"{check.found} (taking the model for a Qwen3-14B)", check.fix)
 
 
-def judge_disk(room: DiskRoom, missing_bytes: int, free_bytes: int, keep: int) -> Check:
+def judge_disk(room: DiskRoom, missing_bytes: int, free_bytes: int, num_checkpoints: int) -> Check:
     """Whether what is free takes what is missing."""
     told = (
-        f"{_size(free_bytes)} free; {_size(missing_bytes)} needed, for {keep} + 1 checkpoints of "
+        f"{_size(free_bytes)} free; {_size(missing_bytes)} needed, for {num_checkpoints} + 1 checkpoints of "
         f"{_size(room.checkpoint_bytes)} and an export of {_size(room.export_bytes)}"
     )
     if free_bytes >= missing_bytes:
