@@ -1,28 +1,22 @@
-"""From DeepSpeed's shards to whole weights in host memory.
-
-DeepSpeed's checkpoints are pickles: only those of our own run directory are ever read, and only after their
-manifest has been checked.
-"""
+"""From a checkpoint's slices to whole weights in host memory."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import pickle
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from qwen_dist.config import Run
-from qwen_dist.errors import RunFailed, UserError
+from qwen_dist.errors import UserError
 from qwen_dist.run_dir import RunDir
-from qwen_dist.train.checkpoint.commit import TAG, damage
+from qwen_dist.train.checkpoint.commit import damage
+from qwen_dist.train.checkpoint.groups import trained_shapes
+from qwen_dist.train.checkpoint.reader import MASTER, Saved
+from qwen_dist.train.checkpoint.state import read_state
 from qwen_dist.train.model.build import build_model, load_model_config, torch_dtype
 from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.model.quantize import round_to_nf4
@@ -56,68 +50,54 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def read_weights(checkpoint: Path) -> dict[str, Any]:
-    """The trained weights by their names in the engine's model, from fp32 master copies.
-
-    With ZeRO-3 the values are DeepSpeed's `GatheredTensor`, which reads its pieces from memory-mapped files only
-    when `.contiguous()` is called; with ZeRO-2 they are fp32 tensors (deepspeed 0.19.8). LoRA checkpoints hold
-    adapters alone.
+def read_weights(checkpoint: Path) -> Saved:
+    """The trained weights of a checkpoint, fp32 masters by name; of LoRA, the adapters alone.
 
     Raises:
-        RunFailed: the files have their sizes, but cannot be read.
+        UserError: another version of qwen-dist wrote it.
+        RunFailed: a file has its size, but cannot be read.
     """
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG, lazy_mode=True))
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise RunFailed(f"The checkpoint {checkpoint} cannot be read: {reason}; give an earlier --step.") from error
+    return Saved(checkpoint, read_state(checkpoint).world_size)
 
 
-def full_model(run: Run, weights: dict[str, Any]) -> PreTrainedModel:
+def full_model(run: Run, weights: Saved) -> PreTrainedModel:
     """The fully trained model, every weight from the checkpoint, cast once to the run's precision.
 
-    Args:
-        run: the run.
-        weights: of `read_weights`; emptied on the way, so that each is in memory twice only while it is copied.
-
     Raises:
-        RunFailed: checkpoint and model do not have the same weights.
+        UserError: checkpoint and model do not have the same weights.
     """
     with no_init_weights():  # 14 billion random numbers would be drawn, to be overwritten
         model = AutoModelForCausalLM.from_config(load_model_config(run.model), dtype=torch_dtype(run.model.precision))
     model.tie_weights()
-    state = model.state_dict()  # the parameters themselves; a tied weight has two names and one storage
-    _require_same_names(set(state), set(weights))
-    with torch.no_grad():
-        for name in list(weights):
-            state[name].copy_(weights.pop(name).contiguous())
+    fill(model, weights)
     return model.eval()
 
 
-def adapted_model(run: Run, weights: dict[str, Any]) -> PeftModel:
+def adapted_model(run: Run, weights: Saved) -> PeftModel:
     """The base model with the trained adapters beside its layers, unmerged; adapters in fp32, a qlora base as trained.
 
     Raises:
-        RunFailed: checkpoint and model do not have the same adapters.
+        UserError: checkpoint and model do not have the same adapters.
     """
     base = build_model(run)
     if run.method.kind == "qlora":
         round_to_nf4(base)
     model = add_adapters(base, run.method, run.seed)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _require_same_names(set(trained), set(weights))
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.data = weights[name].contiguous().float()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    fill(model, weights)
     return model.eval()
 
 
-def _require_same_names(expected: set[str], found: set[str]) -> None:
-    odd = sorted(expected ^ found)
-    if odd:
-        place = "only in the model" if odd[0] in expected else "only in the checkpoint"
-        raise RunFailed(
-            f"The checkpoint does not fit the model: {len(odd)} weights differ, the first is {odd[0]}, {place}; "
-            "was model.path changed since?"
-        )
+@torch.no_grad()
+def fill(model: torch.nn.Module, weights: Saved) -> None:
+    """Give every trained parameter its saved value, slice by slice from mapped files.
+
+    Raises:
+        UserError: checkpoint and model do not have the same trained parameters.
+    """
+    weights.check(trained_shapes(model), (MASTER,))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            weights.fill(f"{MASTER}/{name}", 0, parameter.view(-1))
