@@ -21,6 +21,9 @@ class State:
     Attributes:
         world_size, zero_stage: of the processes that saved it; another run may have others.
         tokens, supervised_tokens: trained so far.
+        recent_losses: of the last trained steps, in their order, for the next ones to be held against.
+        num_spikes: losses so far that were far above those.
+        skipped_steps: whose data was or will be passed over, because of a fault.
     """
 
     step: int
@@ -31,6 +34,9 @@ class State:
     data_fingerprint: str
     tokens: int
     supervised_tokens: int
+    recent_losses: tuple[float, ...] = ()
+    num_spikes: int = 0
+    skipped_steps: tuple[int, ...] = ()
     format_version: int = FORMAT_VERSION
 
 
@@ -58,4 +64,4 @@ def read_state(folder: Path) -> State:
         )
     if found.keys() != {field.name for field in fields(State)}:
         raise UserError(f"{path} has other entries than a state has; start from another checkpoint.")
-    return State(**found)
+    return State(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
