@@ -13,8 +13,8 @@ from transformers.initialization import no_init_weights
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError
 from qwen_dist.run_dir import RunDir
-from qwen_dist.train.checkpoint.commit import damage
 from qwen_dist.train.checkpoint.groups import trained_shapes
+from qwen_dist.train.checkpoint.manifest import damage
 from qwen_dist.train.checkpoint.reader import MASTER, Saved
 from qwen_dist.train.checkpoint.state import read_state
 from qwen_dist.train.model.build import build_model, load_model_config, torch_dtype

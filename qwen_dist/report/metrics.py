@@ -3,7 +3,10 @@
 A step's object: step, epoch, loss, lr, grad_norm, tokens, supervised_tokens, tokens_per_s,
 supervised_tokens_per_s, step_time_s, data_wait_s, mem_peak_gb, world_size.
 An evaluation's: step, epoch, eval_loss, eval_supervised_tokens, eval_time_s.
-A save's: step, epoch, save_time_s.
+A save's: step, epoch, save_time_s, save_stall_s (training waited), save_bytes.
+A fault's (qwen_dist/train/faults): step, epoch (where the run stands after it: a rollback is further back), fault_step,
+fault, action, fault_loss and fault_grad_norm (null where not finite), median_loss, passed_over (steps), and the counts
+so far: spikes, skipped_steps. A step that was passed over has no object of its own.
 """
 
 from __future__ import annotations
@@ -19,9 +22,18 @@ class MetricsFile:
     """Appends metrics; on a resume, first drops what was measured after the checkpoint."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = [entry for entry in read_metrics(path) if entry["step"] <= resumed_step]
-        write_atomically(path, "".join(_line(entry) for entry in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._open(resumed_step)
+
+    def _open(self, resumed_step: int) -> None:
+        kept = [entry for entry in read_metrics(self._path) if entry["step"] <= resumed_step]
+        write_atomically(self._path, "".join(_line(entry) for entry in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def go_back(self, step: int) -> None:
+        """Drop what was measured after `step`, as on a resume: it comes again."""
+        self.close()
+        self._open(step)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one object and hand it to the system at once, so that `tail -f` sees it."""

@@ -30,6 +30,7 @@ class Reporter:
         wandb = run.tracking.wandb
         tracked = wandb is not None and wandb.mode != "disabled"
         self._tracker = Tracker(run, wandb_id, run_dir.path) if tracked and wandb_id else None
+        self._newest_step = 0
 
     def step(self, entry: dict[str, Any]) -> None:
         """One optimizer step."""
@@ -44,7 +45,18 @@ class Reporter:
     def saved(self, entry: dict[str, Any], name: str) -> None:
         """One checkpoint; a batch job's next submission asks for as much time before its end as saving takes."""
         self._write(entry)
-        self.say(f"step {entry['step']}  saved {name}  ({entry['save_time_s']:.1f} s)")
+        waited = f", training waited {entry['save_stall_s']:.1f} s" if entry["step"] < self._newest_step else ""
+        self.say(f"step {entry['step']}  saved {name}  ({entry['save_time_s']:.1f} s{waited})")
+
+    def fault(self, entry: dict[str, Any]) -> None:
+        """One fault, whatever was done about it."""
+        self._metrics.write(entry)
+        if self._tracker is not None:  # W&B takes no step that is further back
+            self._tracker.log({**entry, "step": entry["fault_step"]})
+
+    def go_back(self, step: int) -> None:
+        """What follows comes after `step` again: the numbers of the steps since then no longer count."""
+        self._metrics.go_back(step)
 
     def say(self, line: str) -> None:
         """A line above the progress bar."""
@@ -62,5 +74,6 @@ class Reporter:
 
     def _write(self, entry: dict[str, Any]) -> None:
         self._metrics.write(entry)
-        if self._tracker is not None:
-            self._tracker.log(entry)
+        self._newest_step = max(self._newest_step, entry["step"])
+        if self._tracker is not None:  # W&B drops what comes after a later step, as a save beside training may
+            self._tracker.log({**entry, "step": self._newest_step})

@@ -10,6 +10,7 @@ from qwen_dist.data.order.ledger import Ledger
 from qwen_dist.data.order.shard import StepPlan
 from qwen_dist.report.reporter import Reporter
 from qwen_dist.run_dir import RunDir
+from qwen_dist.train.checkpoint.saver import Saver
 from qwen_dist.train.engine import Engine
 from qwen_dist.train.signals import StopRequest
 
@@ -29,3 +30,4 @@ class Job:
     stop: StopRequest
     reporter: Reporter | None
     ledger: Ledger
+    saver: Saver

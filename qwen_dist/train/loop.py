@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from qwen_dist.train.checkpoint.commit import save_checkpoint
 from qwen_dist.train.checkpoint.state import State
 from qwen_dist.train.evaluate import held_out_loss
 from qwen_dist.train.feed import Feed
@@ -30,11 +29,9 @@ def train(job: Job, state: State) -> Iterator[State]:
             state = _advance(state, metrics)
             if job.reporter is not None:
                 job.reporter.step(metrics)
-            last = step == job.plan.num_steps
-            if _evaluation_due(job, step):
-                _evaluate(job, state)
-            if last or stop or step % job.run.checkpoint.every_steps == 0:
-                _save(job, state)
+            job.saver.commit_written()
+            eval_loss = _evaluate(job, state) if _evaluation_due(job, step) else None
+            _save_if_due(job, state, eval_loss, is_last=stop or step == job.plan.num_steps)
             yield state
             if stop:
                 break
@@ -61,7 +58,8 @@ def _evaluation_due(job: Job, step: int) -> bool:
     return step % every_steps == 0 or step == job.plan.num_steps
 
 
-def _evaluate(job: Job, state: State) -> None:
+def _evaluate(job: Job, state: State) -> float:
+    """The held-out loss, the same on every rank."""
     plan = job.held_out_plan
     assert job.held_out is not None and plan is not None
     started = time.perf_counter()
@@ -76,13 +74,15 @@ def _evaluate(job: Job, state: State) -> None:
                 "eval_time_s": time.perf_counter() - started,
             }
         )
+    return loss
 
 
-def _save(job: Job, state: State) -> None:
-    started = time.perf_counter()
-    job.ledger.sync()
-    folder, save_bytes = save_checkpoint(job.engine, job.run_dir, state, job.run.checkpoint.keep)
-    if job.reporter is not None:
-        save_time_s = time.perf_counter() - started
-        told = {"step": state.step, "epoch": state.epoch, "save_time_s": save_time_s, "save_bytes": save_bytes}
-        job.reporter.saved(told, folder.name)
+def _save_if_due(job: Job, state: State, eval_loss: float | None, is_last: bool) -> None:
+    """Save where the run ends, at every so many steps, and where the held-out loss is the lowest so far."""
+    is_due = state.step % job.run.checkpoint.every_steps == 0 or job.saver.is_best(eval_loss)
+    if is_last or is_due:
+        job.ledger.sync()
+    if is_last:
+        job.saver.save_last(state, eval_loss)
+    elif is_due:
+        job.saver.save(state, eval_loss)

@@ -23,8 +23,10 @@ from qwen_dist.lease import Holder, held
 from qwen_dist.log import get_logger, log_to_file, start_logging
 from qwen_dist.report.reporter import Reporter
 from qwen_dist.run_dir import RunDir, write_json
-from qwen_dist.train.checkpoint.commit import load_checkpoint, newest_checkpoint
+from qwen_dist.train.checkpoint.saver import Saver
 from qwen_dist.train.checkpoint.state import State, read_state
+from qwen_dist.train.checkpoint.states import restore
+from qwen_dist.train.checkpoint.verify import newest_checkpoint
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.job import Job
@@ -162,6 +164,7 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int]) ->
         stop=stop,
         reporter=reporter,
         ledger=Ledger(run_dir, progress["attempt"], world.rank, world.world_size),
+        saver=Saver(engine, run_dir, run.checkpoint, run.zero.nvme_path is not None, reporter and reporter.saved),
     )
     stop.at_once(None)
     try:
@@ -198,7 +201,7 @@ def start_or_resume(engine: Engine, run_dir: RunDir, run: Run, data_fingerprint:
         UserError: the checkpoint belongs to other data, another number of processes or another ZeRO stage.
     """
     fresh = State(0, 1, engine.world.world_size, run.zero_stage, run.method.kind, data_fingerprint, 0, 0)
-    folder = engine.world.share(newest_checkpoint(run_dir) if engine.world.is_main else None)
+    folder = newest_checkpoint(run_dir, engine.world)
     if folder is None:
         return fresh
     saved = read_state(folder)
@@ -209,6 +212,6 @@ def start_or_resume(engine: Engine, run_dir: RunDir, run: Run, data_fingerprint:
                 f"The checkpoint {folder} was saved with {name}={then}, this run has {now}; "
                 "set it back, or give the run another name."
             )
-    state = load_checkpoint(engine, folder)
+    restore(engine, folder)
     get_logger().info("resumed from %s", folder.name)
-    return state
+    return saved

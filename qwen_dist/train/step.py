@@ -29,12 +29,15 @@ def train_step(job: Job, feed: Feed, step: int) -> tuple[dict[str, Any], bool]:
         engine.end_micro_batch()
     nll_sum += engine.backward(taken.batches[-1], weight)
 
-    total_nll, num_asked_to_stop = engine.world.sum([float(nll_sum), float(job.stop.asked)])
+    told = [float(nll_sum), float(job.stop.asked), float(job.saver.has_written)]
+    total_nll, num_asked_to_stop, num_written = engine.world.sum(told)
+    job.saver.hear(num_written)
     if not math.isfinite(total_nll):
         raise RunFailed(
             f"The loss of step {step} is {total_nll}; the weights were not touched. "
             f"Start again from the last checkpoint with a lower optim.lr (now {job.run.optim.lr:g})."
         )
+    job.saver.before_update()
     engine.step(lr)
     job.ledger.write(step, taken.samples_N)
 

@@ -1,123 +1,180 @@
 """Checkpoints that are there whole or not at all.
 
-DeepSpeed's own checkpoints move `latest` onto a folder whose other rank may have died (0.19.8, ZeRO-1/2), and are
-pickles. Ours go into `step_<k>.incomplete/`: every rank writes its file and says that it succeeded, rank 0 writes the
-manifest, syncs, and renames. What bears the name `step_<k>` is whole.
+All ranks write into `step_<k>.incomplete/` and tell the others how it went. Only when every rank succeeded does rank 0
+write the manifest, sync, and rename: what bears the name `step_<k>` is whole, wherever a process was killed.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_dist.errors import RunFailed
+from qwen_dist.config import Checkpoint
 from qwen_dist.log import get_logger
-from qwen_dist.run_dir import RunDir, fsync_folder, write_atomically, write_json
-from qwen_dist.train.checkpoint.reader import rank_file
-from qwen_dist.train.checkpoint.shard_file import write_shard
-from qwen_dist.train.checkpoint.state import State, read_state, write_state
-from qwen_dist.train.checkpoint.states import about, collect, restore
-from qwen_dist.train.engine import Engine
+from qwen_dist.run_dir import RunDir, fsync_folder, write_atomically
+from qwen_dist.train.checkpoint.manifest import (
+    BEST,
+    DAMAGED,
+    INCOMPLETE,
+    LATEST,
+    Manifest,
+    best_of,
+    committed,
+    damage,
+    losses_of,
+    step_of,
+    superfluous,
+    write_manifest,
+)
+from qwen_dist.train.checkpoint.share import Written, failed
+from qwen_dist.train.world import World
 
-MANIFEST = "manifest.json"
+GB = 1e9
+# Left free beside a checkpoint, for manifest, logs and metrics.
+SPARE_BYTES = 16 * 2**20
 
 
-def save_checkpoint(engine: Engine, run_dir: RunDir, state: State, keep: int) -> tuple[Path, int]:
-    """Commit a checkpoint after `state.step`; all ranks call it together.
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended, the same on all ranks.
+
+    Attributes:
+        num_bytes: of all files.
+        write_s: seconds of the slowest rank.
+        failure: why there is no checkpoint, with what to do about it; None: it is committed.
+    """
+
+    num_bytes: int = 0
+    write_s: float = 0.0
+    failure: str | None = None
+
+
+def incomplete(run_dir: RunDir, step: int) -> Path:
+    """Where the checkpoint of `step` is written before it is whole."""
+    final = run_dir.checkpoint(step)
+    return final.with_name(final.name + INCOMPLETE)
+
+
+def prepare(world: World, run_dir: RunDir, step: int, num_bytes: int) -> Outcome | None:
+    """Make the folder that a checkpoint is written to, if the disk has room for it.
+
+    All ranks call it together.
+
+    Args:
+        num_bytes: that this rank will write.
 
     Returns:
-        The checkpoint's folder, and the bytes of all ranks' files.
-
-    Raises:
-        RunFailed: a rank could not write; nothing was committed, and older checkpoints are untouched.
+        None: the ranks may write. Else how the save ended before it began: it failed, or the checkpoint is there.
     """
-    world, final = engine.world, run_dir.checkpoint(state.step)
-    partial = final.with_name(final.name + ".incomplete")
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    world.all_succeeded(True)  # the folder is there for every rank
-    num_bytes, failure = _write_share(engine, partial, state)
-    if failure is not None:
-        get_logger().warning("the checkpoint of step %d failed here: %s", state.step, failure)
-    num_failed, all_bytes = world.sum([float(failure is not None), float(num_bytes)])
-    if num_failed:
-        if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        reason = failure or "another rank failed, see its log"
-        raise RunFailed(f"The checkpoint of step {state.step} could not be written to {partial}: {reason}.")
-    if world.is_main:
-        _commit(partial, final)
-        _delete_old(run_dir, keep)
-    world.all_succeeded(True)  # nobody trains on before the commit
-    return final, int(all_bytes)
+    total = round(world.sum([float(num_bytes)])[0])
+    outcome: Outcome | None = world.share(_prepare(run_dir, step, total) if world.is_main else None)
+    return outcome
 
 
-def newest_checkpoint(run_dir: RunDir) -> Path | None:
-    """The newest whole checkpoint, or None; a damaged one is passed over with a warning."""
-    for folder in sorted(run_dir.checkpoints.glob("step_????????"), reverse=True):
-        problem = damage(folder)
-        if problem is None:
-            return folder
-        get_logger().warning("checkpoint %s is damaged (%s); falling back to an older one", folder, problem)
-    return None
+def commit(world: World, run_dir: RunDir, step: int, eval_loss: float | None, written: Written) -> Outcome:
+    """Turn what the ranks wrote into the checkpoint of `step`, or remove it where one of them failed.
 
+    All ranks call it together, when they have written.
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files by its manifest (names and sizes in bytes), or None."""
-    try:
-        sizes: dict[str, int] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        return f"no readable {MANIFEST}: {error}"
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-    return None
-
-
-def load_checkpoint(engine: Engine, folder: Path) -> State:
-    """Put the engine back to where it was; all ranks call it together.
-
-    Raises:
-        UserError, RunFailed: as `restore`.
+    Args:
+        eval_loss: of these weights, where it was measured.
+        written: by this rank.
     """
-    restore(engine, folder)
-    return read_state(folder)
+    everyone: list[Written] = world.share_all(written)
+    failure = told_failure(everyone)
+    if failure is None:
+        files = {name: mark for rank in everyone for name, mark in rank.files.items()}
+        manifest = Manifest(step, files, eval_loss)
+        failure = world.share(_publish(run_dir, manifest) if world.is_main else None)
+        if failure is None:
+            return Outcome(manifest.num_bytes, max(rank.write_s for rank in everyone))
+    if world.is_main:
+        shutil.rmtree(incomplete(run_dir, step), ignore_errors=True)
+    return Outcome(failure=failure)
 
 
-def _write_share(engine: Engine, partial: Path, state: State) -> tuple[int, str | None]:
-    """Write this rank's files so that they are on the disk; their bytes, and what went wrong, or None."""
-    path = rank_file(partial, engine.world.rank)
+def told_failure(everyone: Sequence[Written]) -> str | None:
+    """Why not every rank has written, as the first that has not tells it; None: all have."""
+    failed_ranks = [rank for rank, written in enumerate(everyone) if written.failure is not None]
+    if not failed_ranks:
+        return None
+    first = failed_ranks[0]
+    others = f" and {len(failed_ranks) - 1} more" if len(failed_ranks) > 1 else ""
+    return f"rank {first}{others}: {everyone[first].failure}"
+
+
+def tidy(run_dir: RunDir, step: int, settings: Checkpoint) -> None:
+    """After the commit of `step`, on rank 0: point to it, and delete what is no longer kept.
+
+    Nothing here is needed to go on from it, so what fails is told and no more.
+    """
     try:
-        num_bytes, _ = write_shard(path, collect(engine), about(engine))
-        if engine.world.is_main:
-            write_state(partial, state)
+        write_atomically(run_dir.checkpoints / LATEST, run_dir.checkpoint(step).name + "\n")
+        losses = losses_of(run_dir)
+        for old in superfluous(losses, settings.keep, settings.keep_best):
+            _delete(run_dir.checkpoint(old))
+            del losses[old]
+        for damaged in run_dir.checkpoints.glob(f"step_*{DAMAGED}"):
+            if step_of(damaged) <= step:
+                shutil.rmtree(damaged, ignore_errors=True)
+        _point_to_best(run_dir, best_of(losses))
     except OSError as error:
-        return 0, _sentence_of(error)
-    return num_bytes, None
+        get_logger().warning("%s is not in order (%s); nothing is lost", run_dir.checkpoints, error)
 
 
-def _sentence_of(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _prepare(run_dir: RunDir, step: int, num_bytes: int) -> Outcome | None:
+    folder, final = incomplete(run_dir, step), run_dir.checkpoint(step)
+    try:
+        if final.exists() and damage(final) is None:
+            get_logger().info("%s is there already, and is not written again", final.name)
+            return Outcome()
+        shutil.rmtree(folder, ignore_errors=True)
+        run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(run_dir.checkpoints).free
+        if num_bytes + SPARE_BYTES > free:
+            return Outcome(
+                failure=f"it takes {num_bytes / GB:.2f} GB, and {free / GB:.2f} GB are free in {run_dir.checkpoints}; "
+                "make room there, or set checkpoint.keep to fewer"
+            )
+        folder.mkdir()
+    except OSError as error:
+        return Outcome(failure=failed(error).failure)
+    return None
 
 
-def _commit(partial: Path, final: Path) -> None:
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    write_json(partial / MANIFEST, {str(path.relative_to(partial)): path.stat().st_size for path in files})
-    fsync_folder(partial)
-    if final.exists():  # the same step saved again after a damaged save
-        shutil.rmtree(final)
-    partial.rename(final)
-    fsync_folder(final.parent)
-    write_atomically(final.parent / "latest", final.name + "\n")
+def _publish(run_dir: RunDir, manifest: Manifest) -> str | None:
+    """Give a folder, of which every file is on the disk, the name of a whole checkpoint; why not, or None."""
+    folder, final = incomplete(run_dir, manifest.step), run_dir.checkpoint(manifest.step)
+    try:
+        write_manifest(folder, manifest)
+        fsync_folder(folder)
+        if final.exists():  # `_prepare` found it damaged
+            _delete(final)
+        folder.rename(final)
+        fsync_folder(final.parent)
+    except OSError as error:
+        return failed(error).failure
+    return None
 
 
-def _delete_old(run_dir: RunDir, keep: int) -> None:
-    for folder in sorted(run_dir.checkpoints.glob("step_????????"))[:-keep]:
-        doomed = folder.with_name(folder.name + ".incomplete")  # a half-deleted folder must not look whole
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+def _delete(folder: Path) -> None:
+    """A half-deleted folder must not look whole."""
+    doomed = folder.with_name(folder.name + ".old" + INCOMPLETE)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _point_to_best(run_dir: RunDir, step: int | None) -> None:
+    pointer = run_dir.checkpoints / BEST
+    if step is None:
+        pointer.unlink(missing_ok=True)
+    elif not pointer.is_file() or pointer.read_text(encoding="utf-8").strip() != run_dir.checkpoint(step).name:
+        write_atomically(pointer, run_dir.checkpoint(step).name + "\n")
+
+
+def newest_step(run_dir: RunDir) -> int | None:
+    """The step of the newest committed checkpoint."""
+    folders = committed(run_dir)
+    return step_of(folders[-1]) if folders else None

@@ -24,7 +24,7 @@ from qwen_dist.errors import UserError
 from qwen_dist.export.consolidate import adapted_model, full_model, read_weights, step_of
 from qwen_dist.model_files import check_config
 from qwen_dist.run_dir import RunDir
-from qwen_dist.train.checkpoint.commit import damage
+from qwen_dist.train.checkpoint.manifest import damage
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.debugging.bench import Bench, layer_reports, whole_norm
 from qwen_dist.train.debugging.memory import bytes_by_part
