@@ -11,7 +11,7 @@ Layout (`<output_dir>/<name>/`):
     metrics.jsonl       one object a step, evaluations and saves as their own objects
     loss.png            the loss curve
     ledger/             attempt_<n>_rank_<r>.bin: which samples each step consumed
-    logs/attempt_<n>/   rank_<r>.log
+    logs/attempt_<n>/   rank_<r>.log, rank_<r>.place.json: where the rank is, renewed every few seconds
     preflight/          <attempt>/<rank>.facts.json: what each rank found before training
     checkpoints/        step_<k>/ (whole), step_<k>.incomplete/ (not), latest (a name)
     wandb/              the W&B client's own files
@@ -105,6 +105,10 @@ class RunDir:
     def attempt_logs(self, attempt: int) -> Path:
         """The log folder of attempt number `attempt`, from 1."""
         return self.logs / f"attempt_{attempt}"
+
+    def place_file(self, attempt: int, rank: int) -> Path:
+        """Where rank `rank` of attempt number `attempt` says how far it is."""
+        return self.attempt_logs(attempt) / f"rank_{rank}.place.json"
 
     def ledger_file(self, attempt: int, rank: int) -> Path:
         """What rank `rank` consumed in attempt number `attempt`, from 1."""

@@ -1,0 +1,137 @@
+"""Whether a run hangs, and who holds it up: decided from what every rank wrote about itself. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen_dist.train.faults.place import END, START_UP, Place
+
+# No phase between two notes of a place is as long as 10 usual steps.
+USUAL_STEPS = 10
+# torch's own NCCL monitor ends a process after 8 minutes, and process groups that DeepSpeed makes wait for 10 (torch
+# 2.13, deepspeed 0.19.8): we come first, with a better message.
+MAX_BOUND_S = 420.0
+# Compilation and the caches of allocators, in the first step of an attempt; loading a model, before it.
+FIRST_STEP_FACTOR = 5
+# A process that lives tells of itself fifteen times within the bound.
+SILENT_SHARE = 0.5
+MAX_SAMPLES, MAX_RANKS = 8, 8
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rank has told.
+
+    Attributes:
+        place: where it was.
+        host: its machine.
+        idle_s: seconds since it last went on, by now.
+        silent_s: seconds since it last told of itself.
+    """
+
+    place: Place
+    host: str
+    idle_s: float
+    silent_s: float
+
+
+@dataclass(frozen=True)
+class Blame:
+    """Why a run does not go on.
+
+    Attributes:
+        kind: "ended": ranks have left; "silent": their processes are stopped, dead or cut off; "behind": they live, and
+            have not come as far as others; "apart": all live, and are at the same place.
+        ranks: those that hold it up, in order; of "apart" all.
+    """
+
+    kind: Literal["ended", "silent", "behind", "apart"]
+    ranks: tuple[int, ...]
+
+
+def bound_s(floor_s: float, step_times_s: Sequence[float]) -> float:
+    """Seconds without progress that are too many.
+
+    Args:
+        floor_s: faults.hang_timeout_s.
+        step_times_s: of the last steps of this attempt; none: the first one is under way.
+    """
+    if not step_times_s:
+        return FIRST_STEP_FACTOR * floor_s
+    usual_s = sorted(step_times_s)[len(step_times_s) // 2]
+    return max(floor_s, min(USUAL_STEPS * usual_s, MAX_BOUND_S))
+
+
+def left_s(seen: Mapping[int, Seen], bound_s: float) -> float:
+    """Seconds until no rank has gone on for `bound_s`, should none go on; 0 or less: the run hangs.
+
+    One rank that goes on is enough: the others may wait for its save, or its share of an evaluation. Before the first
+    step there is no progress to see: there a rank counts only while it tells of itself.
+    """
+    if any(rank.place.phase == START_UP for rank in seen.values()):
+        return bound_s - max(rank.silent_s for rank in seen.values())
+    return bound_s - min(rank.idle_s for rank in seen.values())
+
+
+def blame(seen: Mapping[int, Seen], world_size: int, bound_s: float) -> Blame:
+    """Who holds up a run that hangs.
+
+    Args:
+        seen: by rank, those that ever told of themselves; the one that asks is among them.
+        world_size: number of ranks.
+        bound_s: the bound that was exceeded.
+    """
+    if ended := [rank for rank, found in seen.items() if found.place.phase == END]:
+        return Blame("ended", tuple(sorted(ended)))
+    never = set(range(world_size)) - seen.keys()
+    if silent := never | {rank for rank, found in seen.items() if found.silent_s > SILENT_SHARE * bound_s}:
+        return Blame("silent", tuple(sorted(silent)))
+    first = min(found.place.order for found in seen.values())
+    behind = tuple(sorted(rank for rank, found in seen.items() if found.place.order == first))
+    return Blame("behind" if len(behind) < world_size else "apart", behind)
+
+
+def sentence(blame: Blame, seen: Mapping[int, Seen], bound_s: float, samples: Sequence[int] | None) -> str:
+    """The one line that a user gets.
+
+    Args:
+        blame: who.
+        seen: what every rank has told.
+        bound_s: the bound that was exceeded.
+        samples: the numbers of the samples in the last micro-batch of the first rank to blame.
+    """
+    first = blame.ranks[0]
+    found = seen.get(first)
+    names = _names(blame.ranks, seen)
+    where = f"{found.place}{_samples(samples)}" if found else "it never told where it is"
+    others = max((other.place for rank, other in seen.items() if rank not in blame.ranks), key=_order, default=None)
+    wait = f"; others wait at {others}" if others else ""
+    what = {
+        "ended": f"{names} left before the end, and said why; last at {where}",
+        "silent": f"{names} told nothing for {found.silent_s:.0f} s" if found else f"{names} told nothing",
+        "behind": f"{names} came no further than {where}{wait}",
+        "apart": f"all ranks live and wait for each other at {where}; look at the network between them",
+    }[blame.kind]
+    if blame.kind == "silent":
+        what += f" (stopped, dead or cut off); last at {where}{wait}"
+    return f"No rank made progress for {bound_s:.0f} s: {what}."
+
+
+def _order(place: Place) -> tuple[int, ...]:
+    return place.order
+
+
+def _names(ranks: Sequence[int], seen: Mapping[int, Seen]) -> str:
+    told = [f"{rank} ({seen[rank].host})" if rank in seen else str(rank) for rank in ranks[:MAX_RANKS]]
+    more = f" and {len(ranks) - MAX_RANKS} more" if len(ranks) > MAX_RANKS else ""
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(told)}{more}"
+
+
+def _samples(samples: Sequence[int] | None) -> str:
+    if samples is None or len(samples) == 0:
+        return ""
+    more = f" and {len(samples) - MAX_SAMPLES} more" if len(samples) > MAX_SAMPLES else ""
+    word = "sample" if len(samples) == 1 else "samples"
+    return f" ({word} {', '.join(str(number) for number in samples[:MAX_SAMPLES])}{more})"
