@@ -12,6 +12,7 @@ from qwen_dist.config import Run
 from qwen_dist.data.batches import MicroBatch
 from qwen_dist.log import get_logger
 from qwen_dist.model_files import check_config
+from qwen_dist.train.faults import place
 from qwen_dist.train.loss import summed_cross_entropy, supervised_positions
 from qwen_dist.train.model.attention import choose_attention, forward_arguments
 from qwen_dist.train.model.build import build_model, load_model_config
@@ -47,7 +48,9 @@ class Engine:
         Returns:
             The micro-batch's weighted sum of negative log-likelihoods, a detached fp32 scalar on the device.
         """
+        place.at("forward")
         nll_sum = self.forward(batch)
+        place.at("backward")
         self.backward_of(nll_sum, step_weight)
         return nll_sum.detach()
 

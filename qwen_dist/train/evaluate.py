@@ -6,6 +6,7 @@ from qwen_dist.data.batches import build_micro_batch
 from qwen_dist.data.cache.prepare import Prepared
 from qwen_dist.data.order.shard import StepPlan
 from qwen_dist.train.engine import Engine
+from qwen_dist.train.faults import place
 
 
 def held_out_loss(engine: Engine, held_out: Prepared, plan: StepPlan, pad_id: int) -> float:
@@ -15,6 +16,7 @@ def held_out_loss(engine: Engine, held_out: Prepared, plan: StepPlan, pad_id: in
     try:
         for step in range(1, plan.num_steps + 1):
             for samples in plan.packs_of(step, world.rank, world.world_size):
+                place.at("evaluation")
                 nll_sum += float(engine.nll_sum(build_micro_batch(held_out, samples, pad_id)))
             weight += plan.weight(step)
     finally:

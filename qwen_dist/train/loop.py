@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen_dist.train.checkpoint.state import State
 from qwen_dist.train.evaluate import held_out_loss
+from qwen_dist.train.faults import place
 from qwen_dist.train.feed import Feed
 from qwen_dist.train.job import Job
 from qwen_dist.train.step import train_step
@@ -81,6 +82,7 @@ def _save_if_due(job: Job, state: State, eval_loss: float | None, is_last: bool)
     """Save where the run ends, at every so many steps, and where the held-out loss is the lowest so far."""
     is_due = state.step % job.run.checkpoint.every_steps == 0 or job.saver.is_best(eval_loss)
     if is_last or is_due:
+        place.at("save")
         job.ledger.sync()
     if is_last:
         job.saver.save_last(state, eval_loss)

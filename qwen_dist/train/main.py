@@ -29,6 +29,7 @@ from qwen_dist.train.checkpoint.states import restore
 from qwen_dist.train.checkpoint.verify import newest_checkpoint
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.engine import Engine, make_engine
+from qwen_dist.train.faults.watchdog import Watchdog, watching
 from qwen_dist.train.job import Job
 from qwen_dist.train.loop import train
 from qwen_dist.train.orphan import kill_children
@@ -82,10 +83,20 @@ def attempt(run_dir: RunDir, rank: int, stop: StopRequest) -> int:
         kill_children()
         exit_at_once(EXIT_RESUMABLE)
 
+    def end_hung(message: str | None) -> NoReturn:
+        if message is not None:
+            message += f" The stacks of all ranks are in {run_dir.attempt_logs(progress['attempt'])}."
+            get_logger().error("error: %s", message)
+            write_json(run_dir.outcome, {**progress, "exit_code": EXIT_RUN_FAILED, "message": message})
+        time.sleep(2 * WORDS_ARRIVE_S if message is None else WORDS_ARRIVE_S)
+        kill_children()
+        exit_at_once(EXIT_RUN_FAILED)
+
     stop.at_once(end_before_first_step)
     is_told = False
     try:
-        state, num_steps = run_attempt(run_dir, stop, progress)
+        with watching(end_hung) as watchdog:
+            state, num_steps = run_attempt(run_dir, stop, progress, watchdog)
         finished = state.step == num_steps
         code = EXIT_DONE if finished else EXIT_RESUMABLE
         message = f"finished all {num_steps} steps" if finished else f"stopped and saved at step {state.step}"
@@ -120,13 +131,16 @@ def told_by_rank_0(run_dir: RunDir) -> bool:
     return False
 
 
-def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int]) -> tuple[State, int]:
+def run_attempt(
+    run_dir: RunDir, stop: StopRequest, progress: dict[str, int], watchdog: Watchdog
+) -> tuple[State, int]:
     """Train from the newest checkpoint, or from the start.
 
     Args:
         run_dir: holds run.json and ds_config.json.
         stop: asked, training ends after the step at hand.
         progress: "attempt" and "step" are kept up to date here, for the outcome of a failed attempt too.
+        watchdog: is started here, as soon as the ranks know each other.
 
     Returns:
         The last state, and the number of steps of the whole run.
@@ -138,15 +152,16 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int]) ->
     check_world_size(ds_config, int(rank_environment(environ)["WORLD_SIZE"]), run_dir)
     data = open_or_prepare(run, "train", record["data"]["train"], environ)
     held_out = open_or_prepare(run, "eval", record["data"]["eval"], environ) if record["data"]["eval"] else None
-    world = start_world(run.cluster.device)
+    world = start_world(run.cluster.device, run.faults.hang_timeout_s)
     if world.is_main and record["data"]["counts"] is None:
         record["data"]["counts"] = {"train": data.counts, "eval": held_out.counts if held_out else None}
         write_json(run_dir.run_json, record)
     progress["attempt"] = world.share(run_dir.num_attempts() + 1)
     log_to_file(run_dir.attempt_logs(progress["attempt"]) / f"rank_{world.rank}.log")
+    watchdog.start(run_dir, progress["attempt"], world.rank, world.world_size, run.faults.hang_timeout_s)
     torch.manual_seed(run.seed)
 
-    plan = plan_run(run, data, held_out, count_windows=world.count_together)
+    watchdog.plan = plan = plan_run(run, data, held_out, count_windows=world.count_together)
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
     engine = make_engine(run, ds_config, world, tokenizer.num_ids)
     start = state = start_or_resume(engine, run_dir, run, data.fingerprint)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qwen_dist.errors import RunFailed
+from qwen_dist.train.faults import place
 from qwen_dist.train.feed import Feed
 from qwen_dist.train.job import Job
 from qwen_dist.train.optim import lr_at
@@ -19,6 +20,7 @@ def train_step(job: Job, feed: Feed, step: int) -> tuple[dict[str, Any], bool]:
     """One optimizer step: its object of metrics.jsonl, and whether any rank was asked to stop."""
     started = time.perf_counter()
     engine, plan = job.engine, job.plan
+    place.at("data", step)
     taken, data_wait_s = feed.next()
     weight = plan.weight(step)
     lr = lr_at(step, plan.num_steps, job.run.optim)
@@ -29,6 +31,7 @@ def train_step(job: Job, feed: Feed, step: int) -> tuple[dict[str, Any], bool]:
         engine.end_micro_batch()
     nll_sum += engine.backward(taken.batches[-1], weight)
 
+    place.at("agree")
     told = [float(nll_sum), float(job.stop.asked), float(job.saver.has_written)]
     total_nll, num_asked_to_stop, num_written = engine.world.sum(told)
     job.saver.hear(num_written)
@@ -38,6 +41,7 @@ def train_step(job: Job, feed: Feed, step: int) -> tuple[dict[str, Any], bool]:
             f"Start again from the last checkpoint with a lower optim.lr (now {job.run.optim.lr:g})."
         )
     job.saver.before_update()
+    place.at("update")
     engine.step(lr)
     job.ledger.write(step, taken.samples_N)
 

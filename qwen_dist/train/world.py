@@ -17,7 +17,12 @@ import torch.distributed as dist
 
 from qwen_dist.train.ranks import rank_environment
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# While models load; from the first step on a hang is noticed by the watchdog (train/faults/watchdog.py), sooner.
+COLLECTIVE_TIMEOUT_S = 1800.0
+# A process group's timeout, and the patience of torch's monitor of NCCL (8 minutes, torch 2.13), are so many times the
+# watchdog's: both abort the process, with a C++ stack instead of a name.
+NOT_BEFORE_WATCHDOG = 3
+NCCL_MONITOR_S = 480.0
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,17 @@ class World:
         dist.destroy_process_group()
 
 
-def start_world(device: str) -> World:
+def start_world(device: str, hang_timeout_s: float = 0.0) -> World:
     """Join the process group through DeepSpeed.
 
     Args:
         device: "cuda", "cpu", or "auto" (CUDA where there is one).
+        hang_timeout_s: what the watchdog waits for; collectives wait longer.
     """
     os.environ.update(rank_environment(dict(os.environ)))
+    patience_s = NOT_BEFORE_WATCHDOG * hang_timeout_s
+    if patience_s > NCCL_MONITOR_S:
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(patience_s)))
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -99,7 +108,8 @@ def start_world(device: str) -> World:
     else:
         # DeepSpeed (0.19.8) would compile a shared-memory op for a minute; only its inference all-reduce uses it.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    timeout = timedelta(seconds=max(COLLECTIVE_TIMEOUT_S, patience_s))
+    deepspeed.init_distributed("nccl" if use_cuda else "gloo", timeout=timeout, verbose=False)
     return World(rank, world_size, local_rank, torch_device)
 
 
