@@ -1,8 +1,8 @@
 """What backward needs of the decoder layers, kept in page-locked host memory while it is not needed.
 
 A layer's tensors are copied to the host on a stream of their own while the next layer computes, and back while backward
-is at the next layer. So the device holds two layers' tensors at a time: of the layer that computes, and of the one whose
-copies are under way. The last two layers' stay there, since backward begins with them.
+is at the next layer. So the device holds two layers' tensors at a time: of the layer that computes, and of the one
+whose copies are under way. The last two layers' stay there, since backward begins with them.
 """
 
 from __future__ import annotations
@@ -107,8 +107,10 @@ class HostStore:
         if tensor.untyped_storage().nbytes() < self.smallest_bytes or address in self.shared:
             return tensor
         for parameter in self.parameters[layer]:
-            if _address(parameter) == address:  # under ZeRO-3 the gathered weight, which must be let go
-                return parameter if parameter.shape == tensor.shape else tensor
+            if _address(parameter) == address:
+                # Under ZeRO-3 a gathered weight, which must be let go: its own values are there again in backward.
+                is_whole = (parameter.shape, parameter.stride()) == (tensor.shape, tensor.stride())
+                return parameter if is_whole else tensor
         slot = self.slots.setdefault(layer, {}).setdefault(address, Slot(tensor, layer))
         view = View(slot, tensor)
         self.views.setdefault(layer, []).append(view)
