@@ -49,6 +49,9 @@ def main(arguments: list[str]) -> int:
         print("not as planned, see above.")
         return EXIT_RUN_FAILED
     print(f"{counted(report.num_samples, 'sample')} trained, each in its step and as often as planned.")
+    if report.skipped_steps:
+        numbers, samples = ", ".join(map(str, report.skipped_steps)), counted(report.num_skipped_samples, "sample")
+        print(f"{samples} of step {numbers} seen and not trained: metrics.jsonl says which fault was in them.")
     return EXIT_DONE
 
 

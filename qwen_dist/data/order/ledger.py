@@ -2,7 +2,8 @@
 
 Each rank appends to a file of its own, one for each attempt: `ledger/attempt_<n>_rank_<r>.bin`. A record that a killed
 process left half-written is passed over. Steps that were trained again after a crash count as the last attempt trained
-them: its checkpoint is the one that went on.
+them: its checkpoint is the one that went on. A run that goes back to a checkpoint by itself (faults.on_spike) begins a
+new attempt here as well. A step whose update a fault forbade is recorded as seen, and not trained.
 Shapes: N sample numbers of one rank in one step.
 """
 
@@ -23,7 +24,9 @@ from qwen_dist.log import get_logger
 from qwen_dist.run_dir import RunDir
 
 HEADER = struct.Struct("<4sIII")  # MAGIC, attempt, rank, world size
-RECORD = struct.Struct("<IIB")  # step, number of samples, bytes of each number; then the numbers, then their CRC-32
+# Step, number of samples, bytes of each number and whether it was trained; then the numbers, then the CRC-32 of it all.
+RECORD = struct.Struct("<IIB")
+NOT_TRAINED_BIT = 0x80
 CRC = struct.Struct("<I")
 MAGIC = b"QDL1"
 MAX_PROBLEMS = 20
@@ -45,19 +48,29 @@ class Ledger:
     """Writes what one rank consumes in one attempt."""
 
     def __init__(self, run_dir: RunDir, attempt: int, rank: int, world_size: int) -> None:
-        path = run_dir.ledger_file(attempt, rank)
+        self._run_dir, self._rank, self._world_size = run_dir, rank, world_size
+        self._open(attempt)
+
+    def _open(self, attempt: int) -> None:
+        path = self._run_dir.ledger_file(attempt, self._rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("wb", buffering=0)
         self._failed = False
-        self._write(HEADER.pack(MAGIC, attempt, rank, world_size))
+        self._write(HEADER.pack(MAGIC, attempt, self._rank, self._world_size))
 
-    def write(self, step: int, samples_N: np.ndarray) -> None:
-        """Say that `step` was trained with these samples on this rank; after the optimizer's step.
+    def begin(self, attempt: int) -> None:
+        """Go on in the files of another attempt: steps that were recorded come again."""
+        self.close()
+        self._open(attempt)
+
+    def write(self, step: int, samples_N: np.ndarray, is_trained: bool = True) -> None:
+        """Say that `step` was trained with these samples on this rank, or only seen; after the optimizer's step.
 
         A disk that takes no more costs the ledger, with a warning, and not the run.
         """
         width = 4 if len(samples_N) == 0 or int(samples_N.max()) < 1 << 32 else 8
-        body = RECORD.pack(step, len(samples_N), width) + samples_N.astype(f"<u{width}").tobytes()
+        flagged = width if is_trained else width | NOT_TRAINED_BIT
+        body = RECORD.pack(step, len(samples_N), flagged) + samples_N.astype(f"<u{width}").tobytes()
         self._write(body + CRC.pack(zlib.crc32(body)))
 
     def sync(self) -> None:
@@ -93,6 +106,7 @@ class Record:
     world_size: int
     step: int
     samples_N: np.ndarray
+    is_trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,9 @@ class LedgerReport:
     Args:
         num_steps: steps from the first that every rank recorded.
         num_epochs: epochs that were trained to their end.
-        num_samples: samples consumed in these steps.
+        num_samples: samples trained in these steps.
+        skipped_steps: those of them that were seen and not trained, because of a fault.
+        num_skipped_samples: samples in those.
         world_sizes: ranks of each attempt, in order.
         problems: one sentence each; empty: each step saw exactly its samples, and each whole epoch all of its own.
     """
@@ -112,6 +128,8 @@ class LedgerReport:
     num_samples: int
     world_sizes: tuple[int, ...]
     problems: tuple[str, ...]
+    skipped_steps: tuple[int, ...] = ()
+    num_skipped_samples: int = 0
 
 
 def check_ledger(run_dir: RunDir, plan: Plan) -> LedgerReport:
@@ -137,11 +155,16 @@ def check_records(records: Iterable[Record], plan: Plan) -> LedgerReport:
         world_sizes[record.attempt] = record.world_size
     problems: list[str] = []
     seen: dict[int, np.ndarray] = {}
+    skipped: list[int] = []
     for step in range(1, max(by_step, default=0) + 1):
         found = _last_whole(by_step.get(step, {}), step, by_step, problems)
         if found is None:
             continue
         seen[step] = np.concatenate([record.samples_N for record in found]).astype(np.int64)
+        if not found[0].is_trained:
+            skipped.append(step)
+        if len({record.is_trained for record in found}) > 1:
+            problems.append(f"step {step} (attempt {found[0].attempt}): some ranks trained it, and others did not.")
         if step > plan.num_steps:
             problems.append(f"step {step} was trained, but the plan ends with step {plan.num_steps}.")
             continue
@@ -156,9 +179,11 @@ def check_records(records: Iterable[Record], plan: Plan) -> LedgerReport:
     return LedgerReport(
         num_steps=len(seen),
         num_epochs=len(whole),
-        num_samples=sum(len(samples_N) for samples_N in seen.values()),
+        num_samples=sum(len(samples_N) for step, samples_N in seen.items() if step not in skipped),
         world_sizes=tuple(world_sizes[attempt] for attempt in sorted(world_sizes)),
         problems=tuple(problems),
+        skipped_steps=tuple(skipped),
+        num_skipped_samples=sum(len(seen[step]) for step in skipped),
     )
 
 
@@ -212,12 +237,13 @@ def _read(path: Path) -> Iterator[Record]:
         return
     at = HEADER.size
     while at + RECORD.size <= len(data):
-        step, count, width = RECORD.unpack_from(data, at)
+        step, count, flagged = RECORD.unpack_from(data, at)
+        width = flagged & ~NOT_TRAINED_BIT
         end = at + RECORD.size + count * width
         if width not in (4, 8) or end + CRC.size > len(data):
             return
         if CRC.unpack_from(data, end)[0] != zlib.crc32(data[at:end]):
             return
         samples_N = np.frombuffer(data, f"<u{width}", count, at + RECORD.size)
-        yield Record(attempt, rank, world_size, step, samples_N)
+        yield Record(attempt, rank, world_size, step, samples_N, is_trained=not flagged & NOT_TRAINED_BIT)
         at = end + CRC.size
