@@ -13,8 +13,9 @@ USUAL_STEPS = 10
 # torch's own NCCL monitor ends a process after 8 minutes, and process groups that DeepSpeed makes wait for 10 (torch
 # 2.13, deepspeed 0.19.8): we come first, with a better message.
 MAX_BOUND_S = 420.0
-# Compilation and the caches of allocators, in the first step of an attempt; loading a model, before it.
-FIRST_STEP_FACTOR = 5
+# So many times the floor are given to what takes long once: the loading of a model, the first step, which compiles, and
+# a save, whose fsync waits for a whole checkpoint, or for a file system's other server to take over.
+LONG_FACTOR = 5
 # A process that lives tells of itself fifteen times within the bound.
 SILENT_SHARE = 0.5
 MAX_SAMPLES, MAX_RANKS = 8, 8
@@ -59,20 +60,28 @@ def bound_s(floor_s: float, step_times_s: Sequence[float]) -> float:
         step_times_s: of the last steps of this attempt; none: the first one is under way.
     """
     if not step_times_s:
-        return FIRST_STEP_FACTOR * floor_s
+        return long_s(floor_s)
     usual_s = sorted(step_times_s)[len(step_times_s) // 2]
     return max(floor_s, min(USUAL_STEPS * usual_s, MAX_BOUND_S))
 
 
-def left_s(seen: Mapping[int, Seen], bound_s: float) -> float:
-    """Seconds until no rank has gone on for `bound_s`, should none go on; 0 or less: the run hangs.
+def long_s(floor_s: float) -> float:
+    """Seconds without progress that are too many where all ranks live, but are at something long."""
+    return LONG_FACTOR * floor_s
+
+
+def left_s(seen: Mapping[int, Seen], bound_s: float, long_s: float) -> float:
+    """Seconds until no rank has gone on for too long, should none go on; 0 or less: the run hangs.
 
     One rank that goes on is enough: the others may wait for its save, or its share of an evaluation. Before the first
-    step there is no progress to see: there a rank counts only while it tells of itself.
+    step there is no progress to see: there a rank counts while it tells of itself.
     """
-    if any(rank.place.phase == START_UP for rank in seen.values()):
-        return bound_s - max(rank.silent_s for rank in seen.values())
-    return bound_s - min(rank.idle_s for rank in seen.values())
+    silent_s = max(rank.silent_s for rank in seen.values())
+    phases = {rank.place.phase for rank in seen.values()}
+    if START_UP in phases:
+        return long_s - silent_s
+    is_long = "save" in phases and silent_s <= SILENT_SHARE * bound_s
+    return (max(bound_s, long_s) if is_long else bound_s) - min(rank.idle_s for rank in seen.values())
 
 
 def blame(seen: Mapping[int, Seen], world_size: int, bound_s: float) -> Blame:

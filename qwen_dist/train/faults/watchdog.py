@@ -53,7 +53,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._done = threading.Event()
         self._num_marks, self._num_bytes, self._step = -1, 0, 0
-        self._moved_at = self._step_at = self._look_at = time.monotonic()
+        self._moved_at = self._step_at = self._look_at = self._looked_at = time.monotonic()
         self._step_times_s: deque[float] = deque(maxlen=NUM_STEP_TIMES)
 
     def start(self, run_dir: RunDir, attempt: int, rank: int, world_size: int, floor_s: float) -> None:
@@ -93,20 +93,24 @@ class Watchdog:
 
     def _look(self) -> None:
         now, (where, num_marks) = time.monotonic(), place.here()
-        if num_marks != self._num_marks or (where.phase == "save" and self._has_written()):
+        bound_s, long_s = hang.bound_s(self._floor_s, self._step_times_s), hang.long_s(self._floor_s)
+        # Where this thread was held up itself, by a stop signal or a file system, nobody watched meanwhile.
+        was_away = now - self._looked_at > hang.SILENT_SHARE * bound_s
+        if num_marks != self._num_marks or was_away or (where.phase == "save" and self._has_written()):
             self._num_marks, self._moved_at = num_marks, now
+        self._looked_at = now
         self._time_steps(where, now)
         self._places.tell(where, now - self._moved_at)
-        bound_s = hang.bound_s(self._floor_s, self._step_times_s)
         if where.phase != START_UP:
-            faulthandler.dump_traceback_later(bound_s + LAST_RESORT_S, exit=True, file=self._stacks)
+            last_resort_s = max(bound_s, long_s) + LAST_RESORT_S
+            faulthandler.dump_traceback_later(last_resort_s, exit=True, file=self._stacks)
         is_idle = where.phase == START_UP or now - self._moved_at >= bound_s
         if is_idle and now >= self._look_at:
-            left_s = hang.left_s(_seen(self._places.read()), bound_s)
+            left_s = hang.left_s(_seen(self._places.read()), bound_s, long_s)
             if left_s <= 0:
                 self._end_hung(where, bound_s)
-            # Ranks look again when the bound is over, not at each turn: there may be a thousand files.
-            self._look_at = now + left_s
+            # Ranks look again when the bound may be over, not at each turn: there may be a thousand files.
+            self._look_at = now + min(left_s, hang.SILENT_SHARE * bound_s)
 
     def _time_steps(self, where: Place, now: float) -> None:
         """Seconds of a step, as exactly as we look: short ones do not count against the floor."""
