@@ -10,14 +10,22 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from qwen_dist.batch_math import worlds_near
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError
 from qwen_dist.run_dir import RunDir
 
-# What may differ under a resume: it changes neither the samples of a step nor its gradient.
+# What may differ under a resume: it changes neither the samples of a step nor its gradient, but for rounding.
 HARMLESS_SECTIONS = ("checkpoint", "evaluation", "tracking", "cluster", "faults")
-# Where things lie may change; what lies there is held by the data's fingerprint.
-HARMLESS_KEYS = ("output_dir", "data.cache")
+HARMLESS_KEYS = (
+    # Where things lie; what lies there is held by the data's fingerprint.
+    "output_dir", "data.cache",
+    # How the processes share the work: a checkpoint fits any number of them, and any ZeRO stage.
+    "zero.stage", "zero.offload", "zero.hpz", "zero.nvme_path", "batch.packs_per_micro_batch",
+    "model.activation_checkpointing", "model.recompute", "model.offload_activations",
+)  # fmt: skip
+# Of the cluster, what a plan depends on beside the number of processes.
+PLACE = ("kind", "device", "nodes", "gpu", "gpu_memory_gb", "host_memory_gb", "gpu_type", "hosts", "hostfile")
 # What a run file may leave to the plan, by section.
 PLANNED = {
     "zero": ("stage", "offload", "hpz"),
@@ -72,17 +80,25 @@ def _saved_world_size(run_dir: RunDir) -> int | None:
         return None
 
 
-def with_recorded_choice(found: Found, run: Run) -> Run:
-    """`run` with what was planned for it where it says "auto": a plan never changes under a run that made steps."""
-    if found.record is None or not found.has_steps:
+def with_recorded_choice(found: Found, run: Run, world_size: int) -> Run:
+    """`run` with what was planned for it where it says "auto": a plan does not change under a run that made steps.
+
+    It is made anew where the run goes on with another number of processes, on another cluster, or with something
+    else that it chose.
+    """
+    if found.record is None or not found.has_steps or found.world_size not in (None, world_size):
         return run
     try:
         then = Run.model_validate(found.record["config"])
     except (ValidationError, KeyError):
         return run  # `decide` says why this is no run to go on with
+    if any(getattr(then.cluster, name) != getattr(run.cluster, name) for name in PLACE):
+        return run
     update: dict[str, Any] = {}
     for section, names in PLANNED.items():
         now, before = getattr(run, section), getattr(then, section)
+        if any(getattr(now, name) not in ("auto", getattr(before, name)) for name in names):
+            return run
         chosen = {name: getattr(before, name) for name in names if getattr(now, name) == "auto"}
         if section == "zero" and chosen.get("offload") == "none":
             chosen["nvme_path"] = before.nvme_path
@@ -94,7 +110,7 @@ def decide(found: Found, run: Run, path: Path, world_size: int) -> Literal["new"
     """Whether `run` starts anew or goes on in the directory `path`.
 
     Raises:
-        UserError: the directory holds something else, another run, or a checkpoint of another number of processes.
+        UserError: the directory holds something else, or another run, or so many processes cannot share its steps.
     """
     if found.is_foreign:
         raise UserError(f"{path} is there, but is no run directory; give this run another name, or move it away.")
@@ -111,10 +127,13 @@ def decide(found: Found, run: Run, path: Path, world_size: int) -> Literal["new"
             f"{path} is a run directory of another run: {told}{more}; "
             "give this run another name, or delete the directory."
         )
-    if found.world_size not in (None, world_size):
+    packs, at_once = run.batch.packs_per_step, run.packs_per_micro_batch
+    if packs % (world_size * at_once):
+        worlds = " or ".join(map(str, worlds_near(packs, world_size, at_once)))
+        micro = f", {at_once} at a time" if at_once > 1 else ""
         raise UserError(
-            f"{path} was saved by {found.world_size} processes, this run has {world_size}; "
-            f"resume with {found.world_size}, or give this run another name."
+            f"{path} makes steps of {packs} packs, which do not divide over {world_size} processes{micro}; "
+            f"go on with {worlds or 'another number'}."
         )
     return "resume"
 

@@ -100,10 +100,10 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
     """
     run_dir = RunDir(Path(loaded.run.output_dir) / loaded.run.name)
     found = look(run_dir)
-    run = with_recorded_choice(found, loaded.run)
-    gpus = gpus_of(run)
-    per_node = processes_per_node(run, len(gpus))
-    world_size = world_size_of(run, per_node)
+    gpus = gpus_of(loaded.run)
+    per_node = processes_per_node(loaded.run, len(gpus))
+    world_size = world_size_of(loaded.run, per_node)
+    run = with_recorded_choice(found, loaded.run, world_size)
     kind = decide(found, run, run_dir.path, world_size)
     hardware, is_flash = hardware_of(run, per_node), computes_flash_attention(run)
     # What does not fit, and what DeepSpeed cannot do, is refused before the data is tokenized.

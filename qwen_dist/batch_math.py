@@ -26,18 +26,27 @@ def plan_batch(packs_per_step: int, world_size: int, packs_per_micro_batch: int 
     """Spread `packs_per_step` packs over `world_size` ranks.
 
     Raises:
-        UserError: the packs cannot be shared equally; names the nearest counts that can.
+        UserError: the packs cannot be shared equally; names the nearest counts of packs and processes that can.
     """
     at_once = world_size * packs_per_micro_batch
     if packs_per_step % at_once:
         below = packs_per_step // at_once * at_once
         near = f"{below} or {below + at_once}" if below else f"{at_once}"
         micro = f", {packs_per_micro_batch} packs at a time" if packs_per_micro_batch > 1 else ""
+        worlds = " or ".join(map(str, worlds_near(packs_per_step, world_size, packs_per_micro_batch)))
         raise UserError(
             f"batch.packs_per_step={packs_per_step} does not divide over {world_size} processes{micro}; "
-            f"set it to {near}."
+            f"set it to {near}{f', or use {worlds} processes' if worlds else ''}."
         )
     return BatchPlan(packs_per_step, world_size, packs_per_step // at_once, packs_per_micro_batch)
+
+
+def worlds_near(packs_per_step: int, world_size: int, packs_per_micro_batch: int = 1) -> list[int]:
+    """The next smaller and the next larger number of processes that share a step's packs equally; none, one or both."""
+    shares, rest = divmod(packs_per_step, packs_per_micro_batch)
+    fitting = [number for number in range(1, shares + 1) if shares % number == 0] if not rest else []
+    smaller, larger = [n for n in fitting if n < world_size], [n for n in fitting if n > world_size]
+    return smaller[-1:] + larger[:1]
 
 
 def num_steps_of(num_packs: int, packs_per_step: int) -> int:

@@ -8,6 +8,7 @@ import os
 import time
 import traceback
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -212,15 +213,17 @@ def check_world_size(ds_config: dict[str, Any], world_size: int, run_dir: RunDir
 def start_or_resume(engine: Engine, run_dir: RunDir, run: Run, data_fingerprint: str) -> State:
     """The state to train from: of the newest whole checkpoint, with the engine put back to it, or a new one.
 
+    Which processes saved it, and with which ZeRO stage, is all one: on others the loss differs by rounding.
+
     Raises:
-        UserError: the checkpoint belongs to other data, another number of processes or another ZeRO stage.
+        UserError: the checkpoint belongs to other data, or to another method.
     """
     fresh = State(0, 1, engine.world.world_size, run.zero_stage, run.method.kind, data_fingerprint, 0, 0)
     folder = newest_checkpoint(run_dir, engine.world)
     if folder is None:
         return fresh
     saved = read_state(folder)
-    for name in ("world_size", "zero_stage", "method", "data_fingerprint"):
+    for name in ("method", "data_fingerprint"):
         then, now = getattr(saved, name), getattr(fresh, name)
         if then != now:
             raise UserError(
@@ -228,5 +231,7 @@ def start_or_resume(engine: Engine, run_dir: RunDir, run: Run, data_fingerprint:
                 "set it back, or give the run another name."
             )
     restore(engine, folder)
-    get_logger().info("resumed from %s", folder.name)
-    return saved
+    state = replace(saved, world_size=fresh.world_size, zero_stage=fresh.zero_stage)
+    by, on = (f"{ranks.world_size} ranks with ZeRO-{ranks.zero_stage}" for ranks in (saved, state))
+    get_logger().info("resumed from %s%s", folder.name, "" if by == on else f", saved by {by}, on {on}")
+    return state

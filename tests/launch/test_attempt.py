@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.attempt import Found, decide, differences, with_recorded_choice
-from qwen_dist.config import Checkpoint, Data, Model, Optim, Run, Source, Zero
+from qwen_dist.config import Batch, Checkpoint, Cluster, Data, Model, Optim, Run, Source, Zero
 from qwen_dist.errors import UserError
 from tests.launch.conftest import write_run
 
@@ -57,9 +57,19 @@ def test_the_first_differences_are_named():
         decide(found(other), RUN, PATH, 8)
 
 
-def test_another_number_of_processes_is_refused():
-    with pytest.raises(UserError, match="saved by 4 processes, this run has 8; resume with 4"):
-        decide(found(world_size=4), RUN, PATH, 8)
+def test_another_number_of_processes_goes_on_where_it_can_share_a_step():
+    assert decide(found(world_size=4), RUN, PATH, 8) == "resume"
+    with pytest.raises(UserError, match="steps of 64 packs, which do not divide over 3 processes; go on with 2 or 4"):
+        decide(found(world_size=4), RUN, PATH, 3)
+    two = RUN.model_copy(update={"batch": Batch(packs_per_micro_batch=2)})
+    with pytest.raises(UserError, match="over 64 processes, 2 at a time; go on with 32"):
+        decide(found(two), two, PATH, 64)
+
+
+def test_how_processes_share_the_work_may_change():
+    other = planned(RUN, stage=3, offload="all", nvme_path="/local")
+    assert decide(found(planned(RUN)), other, PATH, 8) == "resume"
+    assert decide(found(other), planned(RUN), PATH, 8) == "resume"
 
 
 def test_another_versions_record_is_refused():
@@ -76,27 +86,38 @@ def planned(run: Run, **zero) -> Run:
 
 def test_a_resume_keeps_what_was_planned():
     """Else a new GPU, or another version's numbers, would change a run under its feet."""
-    kept = with_recorded_choice(found(planned(RUN)), RUN)
+    kept = with_recorded_choice(found(planned(RUN), world_size=8), RUN, 8)
     assert kept == planned(RUN)
     assert decide(found(planned(RUN)), kept, PATH, 8) == "resume"
 
 
-def test_what_the_file_says_by_now_stands():
-    now = RUN.model_copy(update={"zero": Zero(stage=3)})
-    kept = with_recorded_choice(found(planned(RUN)), now)
-    assert (kept.zero.stage, kept.zero.offload) == (3, "none")
-    with pytest.raises(UserError, match=r"zero\.stage was 2, now 3"):
-        decide(found(planned(RUN)), kept, PATH, 8)
+@pytest.mark.parametrize(
+    ("world_size", "changed"),
+    [
+        (4, {}),
+        (8, {"cluster": Cluster(gpu="H100-80GB")}),
+        (8, {"zero": Zero(stage=3)}),
+        (8, {"model": Model(path="m", activation_checkpointing=False)}),
+    ],
+)
+def test_elsewhere_or_otherwise_all_that_is_open_is_planned_anew(world_size: int, changed: dict):
+    now = RUN.model_copy(update=changed)
+    assert with_recorded_choice(found(planned(RUN), world_size=8), now, world_size) == now
+
+
+def test_a_setting_that_was_planned_may_be_written_down():
+    now = RUN.model_copy(update={"zero": Zero(stage=2)})
+    assert with_recorded_choice(found(planned(RUN), world_size=8), now, 8) == planned(RUN)
 
 
 def test_a_path_that_was_not_used_is_no_difference():
     now = RUN.model_copy(update={"zero": Zero(nvme_path="/local")})
-    assert decide(found(planned(RUN)), with_recorded_choice(found(planned(RUN)), now), PATH, 8) == "resume"
+    assert decide(found(planned(RUN)), with_recorded_choice(found(planned(RUN)), now, 8), PATH, 8) == "resume"
 
 
 def test_a_run_that_never_made_a_step_is_planned_anew():
-    assert with_recorded_choice(found(planned(RUN), has_steps=False), RUN) == RUN
-    assert with_recorded_choice(Found(), RUN) == RUN
+    assert with_recorded_choice(found(planned(RUN), has_steps=False), RUN, 8) == RUN
+    assert with_recorded_choice(Found(), RUN, 8) == RUN
 
 
 def test_changed_rows_are_refused(project, cli):
