@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
 
 from qwen_dist.train.checkpoint.state import State
 from qwen_dist.train.evaluate import held_out_loss
 from qwen_dist.train.faults import place
+from qwen_dist.train.faults.answer import after, judge, pass_over
+from qwen_dist.train.faults.replicas import compare_replicas
 from qwen_dist.train.feed import Feed
 from qwen_dist.train.job import Job
 from qwen_dist.train.step import train_step
@@ -21,33 +21,43 @@ def train(job: Job, state: State) -> Iterator[State]:
     The last state that is yielded has been saved.
 
     Raises:
-        RunFailed: the loss is not finite, or a checkpoint could not be written.
+        RunFailed: a fault that the run file does not pass over, or the last checkpoint could not be written.
     """
-    feed = Feed(job.train, job.plan, job.engine.world, state.step + 1, job.pad_id, job.run.seed)
+    feed = _feed_after(job, state)
     try:
-        for step in range(state.step + 1, job.plan.num_steps + 1):
-            metrics, stop = train_step(job, feed, step)
-            state = _advance(state, metrics)
-            if job.reporter is not None:
-                job.reporter.step(metrics)
+        _compare_replicas_if_due(job, state, is_first=True)
+        while state.step < job.plan.num_steps:
+            is_asked = False
+            if state.step + 1 in state.skipped_steps:
+                state = pass_over(job, feed, state)
+            else:
+                trained = train_step(job, feed, state.step + 1)
+                found, is_asked = judge(job, state, trained), trained.is_stop_asked
+                state = after(job, state, trained, found)
+                if found.go_back_to is not None:
+                    feed.close()
+                    feed = _feed_after(job, state)
+                    continue
             job.saver.commit_written()
-            eval_loss = _evaluate(job, state) if _evaluation_due(job, step) else None
-            _save_if_due(job, state, eval_loss, is_last=stop or step == job.plan.num_steps)
+            _compare_replicas_if_due(job, state, is_first=False)
+            eval_loss = _evaluate(job, state) if _evaluation_due(job, state.step) else None
+            _save_if_due(job, state, eval_loss, is_last=is_asked or state.step == job.plan.num_steps)
             yield state
-            if stop:
+            if is_asked:
                 break
     finally:
         feed.close()
 
 
-def _advance(state: State, metrics: dict[str, Any]) -> State:
-    return replace(
-        state,
-        step=metrics["step"],
-        epoch=metrics["epoch"],
-        tokens=state.tokens + metrics["tokens"],
-        supervised_tokens=state.supervised_tokens + metrics["supervised_tokens"],
-    )
+def _feed_after(job: Job, state: State) -> Feed:
+    return Feed(job.train, job.plan, job.engine.world, state.step + 1, job.pad_id, job.run.seed)
+
+
+def _compare_replicas_if_due(job: Job, state: State, is_first: bool) -> None:
+    """Before the first step as well: machines may have read other weights."""
+    every_steps = job.run.faults.compare_replicas_every_steps
+    if every_steps is not None and (is_first or state.step % every_steps == 0):
+        compare_replicas(job.engine, state.step, is_first)
 
 
 def _evaluation_due(job: Job, step: int) -> bool:

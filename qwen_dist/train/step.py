@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from qwen_dist.errors import RunFailed
 from qwen_dist.train.faults import place
-from qwen_dist.train.feed import Feed
+from qwen_dist.train.faults.verdict import Numbers
+from qwen_dist.train.feed import Feed, StepInput
 from qwen_dist.train.job import Job
 from qwen_dist.train.optim import lr_at
 
 
-def train_step(job: Job, feed: Feed, step: int) -> tuple[dict[str, Any], bool]:
-    """One optimizer step: its object of metrics.jsonl, and whether any rank was asked to stop."""
+@dataclass(frozen=True)
+class Trained:
+    """One optimizer step; where its loss or gradient is not finite, the weights stayed as they were.
+
+    Attributes:
+        metrics: its object of metrics.jsonl.
+        numbers: that decide whether it is a fault; the same on all ranks.
+        is_stop_asked: of any rank.
+        taken: what this rank computed.
+        weight: sum of the trained tokens' weights, over all ranks.
+        nll_M: weighted sum of negative log-likelihoods of each of this rank's micro-batches, on its device.
+    """
+
+    metrics: dict[str, Any]
+    numbers: Numbers
+    is_stop_asked: bool
+    taken: StepInput
+    weight: float
+    nll_M: list[torch.Tensor]
+
+    @property
+    def step(self) -> int:
+        """Its number, from 1."""
+        return int(self.metrics["step"])
+
+
+def train_step(job: Job, feed: Feed, step: int) -> Trained:
+    """Make one optimizer step; all ranks call it together."""
     started = time.perf_counter()
     engine, plan = job.engine, job.plan
     place.at("data", step)
@@ -25,34 +51,29 @@ def train_step(job: Job, feed: Feed, step: int) -> tuple[dict[str, Any], bool]:
     weight = plan.weight(step)
     lr = lr_at(step, plan.num_steps, job.run.optim)
 
-    nll_sum = torch.zeros((), device=engine.world.device)
+    nll_M: list[torch.Tensor] = []
     for batch in taken.batches[:-1]:
-        nll_sum += engine.backward(batch, weight)
+        nll_M.append(engine.backward(batch, weight))
         engine.end_micro_batch()
-    nll_sum += engine.backward(taken.batches[-1], weight)
+    nll_M.append(engine.backward(taken.batches[-1], weight))
 
     place.at("agree")
-    told = [float(nll_sum), float(job.stop.asked), float(job.saver.has_written)]
+    told = [float(sum(nll_M)), float(job.stop.asked), float(job.saver.has_written)]
     total_nll, num_asked_to_stop, num_written = engine.world.sum(told)
     job.saver.hear(num_written)
-    if not math.isfinite(total_nll):
-        raise RunFailed(
-            f"The loss of step {step} is {total_nll}; the weights were not touched. "
-            f"Start again from the last checkpoint with a lower optim.lr (now {job.run.optim.lr:g})."
-        )
     job.saver.before_update()
     place.at("update")
     engine.step(lr)
-    job.ledger.write(step, taken.samples_N)
 
     step_time_s = time.perf_counter() - started
     supervised_tokens = plan.supervised_tokens(step)
+    numbers = Numbers(total_nll / weight, engine.grad_norm())
     metrics = {
         "step": step,
         "epoch": plan.epoch_of(step) + 1,
-        "loss": total_nll / weight,
+        "loss": numbers.loss,
         "lr": lr,
-        "grad_norm": engine.grad_norm(),
+        "grad_norm": numbers.grad_norm,
         "tokens": plan.tokens(step),
         "supervised_tokens": supervised_tokens,
         "tokens_per_s": plan.tokens(step) / step_time_s,
@@ -62,7 +83,7 @@ def train_step(job: Job, feed: Feed, step: int) -> tuple[dict[str, Any], bool]:
         "mem_peak_gb": peak_memory_gb(engine.world.device),
         "world_size": engine.world.world_size,
     }
-    return metrics, num_asked_to_stop > 0
+    return Trained(metrics, numbers, num_asked_to_stop > 0, taken, weight, nll_M)
 
 
 def peak_memory_gb(device: torch.device) -> float:

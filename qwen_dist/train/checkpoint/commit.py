@@ -124,6 +124,14 @@ def tidy(run_dir: RunDir, step: int, settings: Checkpoint) -> None:
         get_logger().warning("%s is not in order (%s); nothing is lost", run_dir.checkpoints, error)
 
 
+def forget_after(run_dir: RunDir, step: int, settings: Checkpoint) -> None:
+    """Delete the checkpoints from after `step`, on rank 0."""
+    for folder in committed(run_dir):
+        if step_of(folder) > step:
+            _delete(folder)
+    tidy(run_dir, step, settings)
+
+
 def _prepare(run_dir: RunDir, step: int, num_bytes: int) -> Outcome | None:
     folder, final = incomplete(run_dir, step), run_dir.checkpoint(step)
     try:

@@ -14,7 +14,7 @@ from qwen_dist.errors import RunFailed
 from qwen_dist.log import get_logger
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train.checkpoint.background import HostCopy, Need, Writer, lacking, machine_id
-from qwen_dist.train.checkpoint.commit import Outcome, commit, incomplete, newest_step, prepare, tidy
+from qwen_dist.train.checkpoint.commit import Outcome, commit, forget_after, incomplete, newest_step, prepare, tidy
 from qwen_dist.train.checkpoint.manifest import best_of, losses_of
 from qwen_dist.train.checkpoint.shard_file import Piece
 from qwen_dist.train.checkpoint.share import Written, write_share
@@ -64,9 +64,7 @@ class Saver:
         self._in_background: bool | None = False if on_disk or settings.in_background is False else None
         self._under_way: tuple[Save, Writer] | None = None
         self._all_have_written = False
-        losses: dict[int, float | None] = self._world.share(losses_of(run_dir) if self._world.is_main else None)
-        best = best_of(losses)
-        self._best_loss = math.inf if best is None else float(losses[best] or 0.0)
+        self._best_loss = self._best_of_saved()
 
     @property
     def has_written(self) -> bool:
@@ -103,6 +101,13 @@ class Saver:
         self._under_way, self._all_have_written = None, False
         self._warn(save.state.step, self._end(save, written, started).failure)
 
+    def go_back(self, step: int) -> None:
+        """Delete the checkpoints from after `step`: what they hold is undone, and their steps come again."""
+        self.finish()
+        if self._world.is_main:
+            forget_after(self._run_dir, step, self._settings)
+        self._best_loss = self._best_of_saved()
+
     def save(self, state: State, eval_loss: float | None = None) -> None:
         """Save, beside training where there is room for a copy; where it fails, warn: training goes on."""
         if self._under_way is not None:
@@ -135,6 +140,11 @@ class Saver:
                 f"The run's last checkpoint, of step {state.step}, is not saved: {failure}; "
                 f"the same command then goes on from {self._last_good()}."
             )
+
+    def _best_of_saved(self) -> float:
+        losses: dict[int, float | None] = self._world.share(losses_of(self._run_dir) if self._world.is_main else None)
+        best = best_of(losses)
+        return math.inf if best is None else float(losses[best] or 0.0)
 
     def _prepare(self, state: State) -> Prepared:
         pieces = collect(self._engine)

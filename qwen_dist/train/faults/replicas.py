@@ -1,9 +1,8 @@
 """Silent corruption: weights that every rank must hold alike are compared, bit for bit.
 
 A memory cell that flips, a kernel that computes wrongly on one GPU, other weights on one node's disk: such a rank goes
-on with a model of its own, and no loss shows it. ZeRO-2 replicates every weight, the frozen base as well; ZeRO-3 those
-below its persistence threshold, which are norms and biases, and each rank's other shards exist once: there is nothing to
-compare them with.
+on with a model of its own, and no loss shows it. ZeRO-2 replicates every weight, the frozen base as well. ZeRO-3 keeps
+whole what is below its persistence threshold, norms and biases; of all else there is one copy, and nothing to compare.
 Shapes: K tensors, W ranks, N words of 4 bytes.
 """
 
@@ -23,8 +22,12 @@ CHUNK_WORDS, CHUNK_WORDS_GPU = 1 << 16, 1 << 22
 MAX_TOLD = 3
 
 
-def compare_replicas(engine: Engine, step: int) -> None:
+def compare_replicas(engine: Engine, step: int, is_first: bool) -> None:
     """Compare all replicated weights over the ranks; all ranks call it together.
+
+    Args:
+        step: the last one that was made.
+        is_first: in this process; nothing was computed here yet.
 
     Raises:
         RunFailed: they differ; names the rank and the weight.
@@ -32,27 +35,24 @@ def compare_replicas(engine: Engine, step: int) -> None:
     if engine.world.world_size == 1:
         return
     replicas = dict(replicated(engine))
+    if is_first:
+        size_mb = sum(tensor.numel() * tensor.element_size() for tensor in replicas.values()) / 1e6
+        get_logger().debug("%s of %.1f MB are compared over the ranks", counted(len(replicas), "weight"), size_mb)
+    if not replicas:
+        return
     names = list(replicas)
     hashes_WK = engine.world.gather(torch.stack([hash_of(tensor) for tensor in replicas.values()]))
     found = disagreements(names, hashes_WK.tolist())
     if found:
-        raise RunFailed(sentence(found, step, engine.world.world_size))
-
-
-def what_is_compared(engine: Engine) -> str:
-    """In words, for the log."""
-    replicas = list(replicated(engine))
-    size = sum(tensor.numel() * tensor.element_size() for _, tensor in replicas)
-    return f"{counted(len(replicas), 'weight')} of {size / 1e6:,.1f} MB that all ranks hold alike"
+        raise RunFailed(sentence(found, step, engine.world.world_size, is_first))
 
 
 def replicated(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every parameter and buffer that is whole on each rank between two steps."""
     module = engine.ds_engine.module
     for name, parameter in module.named_parameters():
-        if not hasattr(parameter, "ds_id"):
-            yield name, parameter.data
-        elif parameter.ds_persist and parameter.data.numel() == parameter.ds_numel:
+        is_sharded = hasattr(parameter, "ds_id")
+        if not is_sharded or (parameter.ds_persist and parameter.data.numel() == parameter.ds_numel):
             yield name, parameter.data
     yield from module.named_buffers()
 
@@ -89,7 +89,7 @@ def disagreements(names: Sequence[str], hashes_WK: Sequence[Sequence[int]]) -> d
     return found
 
 
-def sentence(found: dict[str, list[int]], step: int, world_size: int) -> str:
+def sentence(found: dict[str, list[int]], step: int, world_size: int, is_first: bool) -> str:
     """What differs, and what to do."""
     ranks = sorted({rank for of_name in found.values() for rank in of_name})
     shown = ", ".join(list(found)[:MAX_TOLD]) + (f" and {len(found) - MAX_TOLD} more" if len(found) > MAX_TOLD else "")
@@ -98,15 +98,10 @@ def sentence(found: dict[str, list[int]], step: int, world_size: int) -> str:
     else:
         plural = "s" if len(ranks) > 1 else ""
         who = f"rank{plural} {', '.join(map(str, ranks))} differ{'' if plural else 's'} from the others"
-    when = "before the first step" if step == 0 else f"after step {step}"
-    cause = "are its model files the same on every machine?" if step == 0 else "suspect its GPU or memory"
-    return (
-        f"Weights that all ranks must hold alike are not {when}: {who} in {shown}; {cause} "
-        "Start again without that machine: the run goes on from its last checkpoint."
+    when = f"before step {step + 1}" if is_first else f"after step {step}"
+    fix = (
+        "see to it that model.path holds the same files on every machine"
+        if is_first
+        else "suspect that GPU or its memory, and start again without it: the run goes on from its last checkpoint"
     )
-
-
-def say_what_is_compared(engine: Engine, every_steps: int) -> None:
-    """Log it once; with one process, or where nothing is replicated, say that nothing is compared."""
-    if engine.world.world_size > 1:
-        get_logger().debug("compared every %d steps: %s", every_steps, what_is_compared(engine))
+    return f"Weights that all ranks must hold alike differ {when}: {who} in {shown}; {fix}."
