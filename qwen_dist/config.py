@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from qwen_dist.config_base import NonEmpty, Positive, Section, Share
 from qwen_dist.config_cluster import Cluster, Container, Zero
 from qwen_dist.config_data import Curriculum, Data, Format, Source, SystemMessage, SystemText, TextSplit
+from qwen_dist.config_fit import unfit
 
 __all__ = [
     "LINEAR_LAYERS", "Batch", "Checkpoint", "Cluster", "Container", "Curriculum", "Data", "Evaluation", "Faults",
@@ -200,30 +201,9 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Run:
-        if self.method.kind == "qlora":
-            for key, is_given in self._needs_sharded_weights().items():
-                if is_given:
-                    raise ValueError(
-                        f"method.kind qlora does not go with {key}: 4-bit weights are not sharded; remove it"
-                    )
-            if self.model.precision == "fp32":
-                raise ValueError("method.kind qlora computes in bf16; set model.precision to bf16")
-        if self.checkpoint.in_background is True and self.zero.nvme_path is not None:
-            raise ValueError(
-                "checkpoint.in_background true does not go with zero.nvme_path: memory has no room for a copy of what "
-                "lies on a disk; remove one of them"
-            )
+        for problem in unfit(self):
+            raise ValueError(problem)
         return self
-
-    def _needs_sharded_weights(self) -> dict[str, bool]:
-        """Settings that only stage 3 can do -> whether they were given."""
-        zero = self.zero
-        return {
-            "zero.stage 3": zero.stage == 3,
-            "zero.offload all": zero.offload == "all",
-            "zero.hpz": zero.hpz is True,
-            "zero.nvme_path": zero.nvme_path is not None,
-        }
 
     @property
     def zero_stage(self) -> int:
@@ -282,6 +262,8 @@ class Run(Section):
             found.append("evaluation.every_steps has no effect without data.eval.")
         if not self.data.eval and "keep_best" in self.checkpoint.model_fields_set:
             found.append("checkpoint.keep_best has no effect without data.eval.")
+        if self.model.recompute == "selective" and self.num_recomputed(1) == 0:
+            found.append("model.recompute has no effect with model.activation_checkpointing=false.")
         if self.optim.schedule == "constant" and "min_lr_ratio" in self.optim.model_fields_set:
             found.append("optim.min_lr_ratio has no effect with optim.schedule=constant.")
         return found
