@@ -114,18 +114,17 @@ def sentence(blame: Blame, seen: Mapping[int, Seen], bound_s: float, samples: Se
     first = blame.ranks[0]
     found = seen.get(first)
     names = _names(blame.ranks, seen)
-    where = f"{found.place}{_samples(samples)}" if found else "it never told where it is"
+    where = f"{found.place}{_samples(samples)}" if found else "nothing at all"
     others = max((other.place for rank, other in seen.items() if rank not in blame.ranks), key=_order, default=None)
     wait = f"; others wait at {others}" if others else ""
+    since = f" for {found.silent_s:.0f} s" if found else ""
     what = {
-        "ended": f"{names} left before the end, and said why; last at {where}",
-        "silent": f"{names} told nothing for {found.silent_s:.0f} s" if found else f"{names} told nothing",
-        "behind": f"{names} came no further than {where}{wait}",
+        "ended": f"{names} ended in {where}, and said why",
+        "silent": f"nothing was heard of {names}{since} (stopped, dead or cut off), last of {where}",
+        "behind": f"{names} came no further than {where}",
         "apart": f"all ranks live and wait for each other at {where}; look at the network between them",
     }[blame.kind]
-    if blame.kind == "silent":
-        what += f" (stopped, dead or cut off); last at {where}{wait}"
-    return f"No rank made progress for {bound_s:.0f} s: {what}."
+    return f"No rank made progress for {bound_s:.0f} s: {what}{wait}."
 
 
 def _order(place: Place) -> tuple[int, ...]:
