@@ -1,7 +1,8 @@
 """metrics.jsonl: one object a step, evaluations and saves as their own objects.
 
 A step's object: step, epoch, loss, lr, grad_norm, tokens, supervised_tokens, tokens_per_s,
-supervised_tokens_per_s, step_time_s, data_wait_s, mem_peak_gb, world_size.
+supervised_tokens_per_s, step_time_s, data_wait_s, mem_peak_gb, world_size; of several ranks: rank_time_spread (the
+slowest rank's own time over the median one's, qwen_dist/train/faults/straggler.py) and slow_rank.
 An evaluation's: step, epoch, eval_loss, eval_supervised_tokens, eval_time_s.
 A save's: step, epoch, save_time_s, save_stall_s (training waited), save_bytes.
 A fault's (qwen_dist/train/faults): step, epoch (where the run stands after it: a rollback is further back), fault_step,

@@ -13,6 +13,7 @@ from qwen_dist.data.batches import MicroBatch
 from qwen_dist.log import get_logger
 from qwen_dist.model_files import check_config
 from qwen_dist.train.faults import place
+from qwen_dist.train.faults.straggler import ForwardClock
 from qwen_dist.train.loss import summed_cross_entropy, supervised_positions
 from qwen_dist.train.model.attention import choose_attention, forward_arguments
 from qwen_dist.train.model.build import build_model, load_model_config
@@ -34,6 +35,7 @@ class Engine:
         self.ds_engine = ds_engine
         self.backend = backend
         self.world = world
+        self.forward_clock = ForwardClock(world.device)
 
     def backward(self, batch: MicroBatch, step_weight: float) -> torch.Tensor:
         """Add one micro-batch's share to the step's gradient.
@@ -49,7 +51,8 @@ class Engine:
             The micro-batch's weighted sum of negative log-likelihoods, a detached fp32 scalar on the device.
         """
         place.at("forward")
-        nll_sum = self.forward(batch)
+        with self.forward_clock:
+            nll_sum = self.forward(batch)
         place.at("backward")
         self.backward_of(nll_sum, step_weight)
         return nll_sum.detach()

@@ -12,6 +12,7 @@ from qwen_dist.report.reporter import Reporter
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train.checkpoint.saver import Saver
 from qwen_dist.train.engine import Engine
+from qwen_dist.train.faults.straggler import Stragglers
 from qwen_dist.train.signals import StopRequest
 
 
@@ -31,3 +32,4 @@ class Job:
     reporter: Reporter | None
     ledger: Ledger
     saver: Saver
+    stragglers: Stragglers

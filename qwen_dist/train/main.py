@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 import traceback
 from contextlib import nullcontext
@@ -30,6 +31,7 @@ from qwen_dist.train.checkpoint.states import restore
 from qwen_dist.train.checkpoint.verify import newest_checkpoint
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.engine import Engine, make_engine
+from qwen_dist.train.faults.straggler import Stragglers
 from qwen_dist.train.faults.watchdog import Watchdog, watching
 from qwen_dist.train.job import Job
 from qwen_dist.train.loop import train
@@ -181,6 +183,7 @@ def run_attempt(
         reporter=reporter,
         ledger=Ledger(run_dir, progress["attempt"], world.rank, world.world_size),
         saver=Saver(engine, run_dir, run.checkpoint, run.zero.nvme_path is not None, reporter and reporter.saved),
+        stragglers=Stragglers(world.rank, world.share_all(socket.gethostname()), run.zero_stage),
     )
     stop.at_once(None)
     try:

@@ -59,7 +59,9 @@ def train_step(job: Job, feed: Feed, step: int) -> Trained:
 
     place.at("agree")
     told = [float(sum(nll_M)), float(job.stop.asked), float(job.saver.has_written)]
-    total_nll, num_asked_to_stop, num_written = engine.world.sum(told)
+    own_s_W = job.stragglers.own_times_s(data_wait_s, engine.forward_clock.take_s())
+    total_nll, num_asked_to_stop, num_written, *own_s_W = engine.world.sum([*told, *own_s_W])
+    agreed_s = time.perf_counter() - started
     job.saver.hear(num_written)
     job.saver.before_update()
     place.at("update")
@@ -82,6 +84,7 @@ def train_step(job: Job, feed: Feed, step: int) -> Trained:
         "data_wait_s": data_wait_s,
         "mem_peak_gb": peak_memory_gb(engine.world.device),
         "world_size": engine.world.world_size,
+        **job.stragglers.compare(step, own_s_W, agreed_s),
     }
     return Trained(metrics, numbers, num_asked_to_stop > 0, taken, weight, nll_M)
 
