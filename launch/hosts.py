@@ -75,27 +75,20 @@ def trainer_argv(
 ) -> list[str]:
     """The command that starts the trainer on this machine.
 
+    Not through DeepSpeed's runner (0.19.8), which starts its launcher of a node after another import of torch: it may
+    exit 0 when ranks died, and takes GPUs by index only.
+
     Args:
         run_dir: the run directory, the trainer's only argument.
         python: the interpreter.
-        num_processes: one is started plainly, several by DeepSpeed's runner.
+        num_processes: one is started plainly, several by DeepSpeed's launcher of a node.
         master_port: port of the rendezvous, used for several.
-        gpus: ids of the GPUs to use, used for several. They are named, since the runner (0.19.8) ignores
-            CUDA_VISIBLE_DEVICES when it is given a mere number, and takes the first ones. None: CPU processes.
-
-    Raises:
-        EnvironmentNotReady: the runner does not know GPUs by names other than indices.
+        gpus: ids or names of the GPUs to use, used for several. None: CPU processes.
     """
     if num_processes == 1:
         return [python, "-m", TRAINER_MODULE, str(run_dir)]
-    names = [gpu for gpu in gpus if not gpu.isdigit()]
-    if names:
-        raise EnvironmentNotReady(
-            f"DeepSpeed starts GPUs by index, not by a name like {names[0]}; set CUDA_VISIBLE_DEVICES to indices."
-        )
-    devices = ["--include", f"localhost:{','.join(gpus)}"] if gpus else ["--num_gpus", str(num_processes)]
-    runner = [python, "-m", "deepspeed.launcher.runner", *SILENT, "--no_local_rank", *devices]
-    return [*runner, "--master_port", str(master_port), "--module", TRAINER_MODULE, str(run_dir)]
+    here: dict[str, Sequence[str | int]] = {"localhost": gpus or range(num_processes)}
+    return _launcher_argv(run_dir, python, here, 0, ("127.0.0.1", master_port))
 
 
 def node_argv(run_dir: Path, python: str, nodes: int, per_node: int, node: int, master: tuple[str, int]) -> list[str]:
@@ -108,10 +101,18 @@ def node_argv(run_dir: Path, python: str, nodes: int, per_node: int, node: int, 
         node: number of this machine, from 0.
         master: address and port at which rank 0 is found.
     """
-    world = json.dumps({f"node{number}": list(range(per_node)) for number in range(nodes)})
+    world: dict[str, Sequence[str | int]] = {f"node{number}": range(per_node) for number in range(nodes)}
+    return _launcher_argv(run_dir, python, world, node, master)
+
+
+def _launcher_argv(
+    run_dir: Path, python: str, world: Mapping[str, Sequence[str | int]], node: int, master: tuple[str, int]
+) -> list[str]:
+    """DeepSpeed's launcher of machine number `node` of `world`: machine -> its devices, a process for each."""
     place = ["--node_rank", str(node), "--master_addr", master[0], "--master_port", str(master[1])]
     launcher = [python, "-u", "-m", "deepspeed.launcher.launch", *SILENT, "--no_local_rank", *place]
-    world_info = base64.urlsafe_b64encode(world.encode()).decode()
+    devices = {name: list(of_node) for name, of_node in world.items()}
+    world_info = base64.urlsafe_b64encode(json.dumps(devices).encode()).decode()
     return [*launcher, "--world_info", world_info, "--module", TRAINER_MODULE, str(run_dir)]
 
 

@@ -1,8 +1,9 @@
 """Start the trainer, pass signals on to its ranks, and leave nothing behind.
 
-DeepSpeed's runner (0.19.8) may exit 0 when ranks died, and orphans its ranks on TERM and USR1. So the exit code is
-what the trainer itself recorded in outcome.json, signals go to the rank processes only, and this process adopts
-and ends every orphan. Should this process be killed, its ranks end by themselves (qwen_dist/train/orphan.py).
+DeepSpeed's launcher of a node (0.19.8) ends its ranks by force on TERM and Ctrl-C, and orphans them when it is killed
+itself. So signals go to the rank processes only, the exit code is what the trainer itself recorded in outcome.json, and
+this process adopts and ends every orphan. Should this process be killed, its ranks end by themselves
+(qwen_dist/train/orphan.py).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def supervise(
     The first TERM, USR1, HUP or Ctrl-C is passed on to the ranks, which save and exit 75; a second Ctrl-C kills.
 
     Args:
-        argv: starts the trainer, or DeepSpeed's runner of it.
+        argv: starts the trainer, or DeepSpeed's launcher of its ranks.
         environ: the whole environment of that process.
         run_dir: where the outcome is recorded.
         orphan_grace_s: seconds for ranks whose runner is gone.
@@ -135,7 +136,7 @@ class Ranks:
     """The trainer's processes on this machine, below us.
 
     Attributes:
-        argv: starts the trainer, or DeepSpeed's runner of it.
+        argv: starts the trainer, or DeepSpeed's launcher of its ranks.
         environ: the whole environment of that process.
         told: pids of the ranks that were told to stop.
     """

@@ -16,7 +16,7 @@ LOOK_S = 0.5
 def end_with_launcher(environ: Mapping[str, str]) -> None:
     """Watch the launcher from a thread, and end at once with it: nothing is saved, as after kill -9 of this rank.
 
-    DeepSpeed's runner and launcher (0.19.8), between it and us, end when their ranks have. A rank that was started
+    DeepSpeed's launcher (0.19.8), between it and us, ends when its ranks have. A rank that was started
     by anything else than `qwen-dist train` has no launcher to watch.
     """
     if launcher := environ.get(LAUNCHER_VARIABLE):

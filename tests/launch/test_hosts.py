@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 from pathlib import Path
 
@@ -94,20 +96,20 @@ def test_one_process_is_started_plainly():
 
 
 def test_several_are_started_by_deepspeed():
-    line = " ".join(trainer_argv(Path("/r"), "py", 2, 1234))
-    assert line == (
-        "py -m deepspeed.launcher.runner --log_level critical --no_local_rank --num_gpus 2 "
-        "--master_port 1234 --module qwen_dist.train /r"
+    argv = trainer_argv(Path("/r"), "py", 2, 1234)
+    assert json.loads(base64.urlsafe_b64decode(argv[argv.index("--world_info") + 1])) == {"localhost": [0, 1]}
+    argv[argv.index("--world_info") + 1] = "W"
+    assert " ".join(argv) == (
+        "py -u -m deepspeed.launcher.launch --log_level critical --no_local_rank --node_rank 0 "
+        "--master_addr 127.0.0.1 --master_port 1234 --world_info W --module qwen_dist.train /r"
     )
 
 
-def test_gpus_are_named_to_deepspeed():
+@pytest.mark.parametrize("gpus", [["2", "3"], ["GPU-22", "GPU-11"]])
+def test_gpus_are_named_to_deepspeed(gpus):
     """It would take the first two whatever CUDA_VISIBLE_DEVICES says."""
-    argv = trainer_argv(Path("/r"), "py", 2, 1234, ["2", "3"])
-    assert argv[argv.index("--include") + 1] == "localhost:2,3"
-    assert "--num_gpus" not in argv
-    with pytest.raises(EnvironmentNotReady, match="by index, not by a name like GPU-22"):
-        trainer_argv(Path("/r"), "py", 2, 1234, ["GPU-22", "GPU-11"])
+    argv = trainer_argv(Path("/r"), "py", 2, 1234, gpus)
+    assert json.loads(base64.urlsafe_b64decode(argv[argv.index("--world_info") + 1])) == {"localhost": gpus}
 
 
 def test_cpu_processes_share_the_cores():
