@@ -13,6 +13,7 @@ from qwen_dist.data.batches import MicroBatch
 from qwen_dist.log import get_logger
 from qwen_dist.model_files import check_config
 from qwen_dist.train.faults import place
+from qwen_dist.train.gradients import drop_gradients
 from qwen_dist.train.faults.straggler import ForwardClock
 from qwen_dist.train.loss import summed_cross_entropy, supervised_positions
 from qwen_dist.train.model.attention import choose_attention, forward_arguments
@@ -75,11 +76,14 @@ class Engine:
         """Clip and apply the step's gradient at learning rate `lr`; only after the last micro-batch.
 
         A gradient that is not finite is dropped on all ranks, and weights and moments stay as they were: DeepSpeed
-        (0.19.8) looks at the norm over all ranks before it updates, at every stage, also without clipping.
+        (0.19.8) looks at the norm over all ranks before it updates, at every stage, also without clipping. Nothing of
+        the dropped gradient is left for the next step.
         """
         for group in self.ds_engine.optimizer.param_groups:
             group["lr"] = lr
         self.ds_engine.step()
+        if not self.ds_engine.was_step_applied():
+            drop_gradients(self.ds_engine)
 
     def end_micro_batch(self) -> None:
         """Count a micro-batch that is not the step's last; DeepSpeed applies nothing before the boundary."""
