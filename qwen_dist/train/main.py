@@ -235,6 +235,8 @@ def start_or_resume(engine: Engine, run_dir: RunDir, run: Run, data_fingerprint:
             )
     restore(engine, folder)
     state = replace(saved, world_size=fresh.world_size, zero_stage=fresh.zero_stage)
-    by, on = (f"{ranks.world_size} ranks with ZeRO-{ranks.zero_stage}" for ranks in (saved, state))
-    get_logger().info("resumed from %s%s", folder.name, "" if by == on else f", saved by {by}, on {on}")
+    plural = "es" if saved.world_size > 1 else ""
+    by = f"{saved.world_size} process{plural} with ZeRO-{saved.zero_stage}"
+    on = f"{state.world_size} with ZeRO-{state.zero_stage}"
+    get_logger().info("resumed from %s%s", folder.name, "" if state == saved else f", saved by {by}, on {on}")
     return state
