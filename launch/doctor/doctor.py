@@ -24,6 +24,7 @@ CHECKS: tuple[Callable[[Subject], Check | None], ...] = (
     software.torch,
     software.compilers,
     software.attention,
+    software.kernels,
     machine.gpus,
     machine.gpu_health,
     machine.gpu_use,
@@ -67,7 +68,9 @@ def ask_torch(run: Run | None, gpus: Future[list[GpuState]]) -> dict[str, Any]:
     """
     on_gpu = run.cluster.device != "cpu" if run is not None else gpus.exception() is not None or bool(gpus.result())
     argv = [sys.executable, "-m", PREFLIGHT_MODULE, "--here", "--device", "cuda" if on_gpu else "cpu"]
-    argv += ["--attention", run.model.attention if run is not None else "auto"]
+    if run is not None:
+        for name in ("attention", "kernels", "precision"):
+            argv += [f"--{name}", getattr(run.model, name)]
     environ = {**os.environ, **({} if on_gpu else {"DS_ACCELERATOR": "cpu"})}
     try:
         done = subprocess.run(

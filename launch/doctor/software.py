@@ -1,4 +1,4 @@
-"""Python, packages, torch, DeepSpeed's ops and attention."""
+"""Python, packages, torch, DeepSpeed's ops, attention and kernels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from launch.doctor.check import Check, Subject, fail, ok, refused, warn
 from launch.show import short_path
+from qwen_dist.backends import FLASH, faster_attention
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError
 
@@ -20,7 +21,7 @@ PROJECT = "qwen-dist"
 TESTED_PYTHON = ((3, 10), (3, 12))
 # Those of constraints.txt that decide what a step computes; a test holds the two equal.
 TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "deepspeed": "0.19.8", "peft": "0.21.2", "tokenizers": "0.23.3"}
-EXTRAS = ("kernels", "flash-attn", "quant")
+EXTRAS = ("kernels", "flash-attn", "flash-attn-4", "quant")
 
 
 def python(_: Subject) -> Check:
@@ -117,10 +118,19 @@ def attention(subject: Subject) -> Check | None:
     if "attention_error" in here:
         return refused("attention", UserError(here["attention_error"]))
     backend, reason = here["attention"]
-    if subject.computes_on_gpu and backend == "sdpa" and reason != "asked for":
-        fix = "pip install 'qwen-dist[flash-attn]' (faster with many samples in a pack)"
-        return warn("attention", f"{backend}: {reason}", fix)
-    return ok("attention", f"{backend}: {reason}")
+    faster = faster_attention(backend, here["capability"]) if reason != "asked for" else None
+    return warn("attention", f"{backend}: {reason}", faster) if faster else ok("attention", f"{backend}: {reason}")
+
+
+def kernels(subject: Subject) -> Check | None:
+    """Whose RMSNorm, RoPE and SwiGLU compute, and why."""
+    if subject.here is None or subject.here.exception() is not None:
+        return None
+    here = subject.here.result()
+    if "kernels_error" in here:
+        return refused("kernels", UserError(here["kernels_error"]))
+    which, reason = here["kernels"]
+    return ok("kernels", f"{which}: {reason}")
 
 
 def _compared(installed: Mapping[str, str]) -> Check:
@@ -136,7 +146,9 @@ def _needed_extras(run: Run | None) -> Sequence[str]:
     if run is None:
         return ()
     needed = ["bitsandbytes"] if run.method.kind == "qlora" else []
-    return needed + (["flash-attn"] if run.model.attention == "flash_attention_2" else [])
+    flash = FLASH.get(run.model.attention)
+    needed += [flash.package] if flash is not None else []
+    return needed + (["liger-kernel"] if run.model.kernels == "liger" else [])
 
 
 def _installed(name: str) -> str | None:

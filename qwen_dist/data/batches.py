@@ -37,7 +37,8 @@ class MicroBatch:
         position_ids_1T: int64, from 0 in each sample.
         labels_1T: int64, the id where the token is supervised, else -100; not shifted.
         cu_seq_lens: int32 [S+1], where each sample begins, and T.
-        max_length: tokens of the longest sample, a Python int: reading it from a tensor would wait for the device.
+        sample_lengths: tokens of each sample, Python ints: reading them from a tensor would wait for the device.
+        max_length: of them.
         num_tokens: tokens of samples; 0 where there are none, and the one token is padding.
         num_supervised: supervised tokens.
         weights_1T: float32, each token's weight in the loss; None where every supervised token counts once.
@@ -48,6 +49,7 @@ class MicroBatch:
     position_ids_1T: Tensor
     labels_1T: Tensor
     cu_seq_lens: Tensor
+    sample_lengths: tuple[int, ...]
     max_length: int
     num_tokens: int
     num_supervised: int
@@ -109,6 +111,7 @@ def build_micro_batch(
         position_ids_1T=_row([np.arange(length) for length in lengths_S]),
         labels_1T=_row([labels_T]),
         cu_seq_lens=torch.tensor(np.cumsum([0, *lengths_S]), dtype=torch.int32),
+        sample_lengths=tuple(lengths_S),
         max_length=max(lengths_S),
         num_tokens=num_tokens,
         num_supervised=int((labels_T != NOT_TRAINED).sum()),

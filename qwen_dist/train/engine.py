@@ -16,9 +16,10 @@ from qwen_dist.train.faults import place
 from qwen_dist.train.gradients import drop_gradients
 from qwen_dist.train.faults.straggler import ForwardClock
 from qwen_dist.train.loss import summed_cross_entropy, supervised_positions
-from qwen_dist.train.model.attention import choose_attention, forward_arguments
+from qwen_dist.train.model.attention import attention_in_force, forward_arguments
 from qwen_dist.train.model.build import build_model, load_model_config
 from qwen_dist.train.model.lora import add_adapters
+from qwen_dist.train.model.packed import implementation_of
 from qwen_dist.train.model.recompute import save_activations
 from qwen_dist.train.optim import make_optimizer
 from qwen_dist.train.world import World
@@ -137,8 +138,8 @@ def make_model(
         UserError: a model that we do not train, or that does not fit the tokenizer.
     """
     check_config(load_model_config(run.model).to_dict(), run.model.path, num_token_ids)
-    backend, reason = choose_attention(run.model.attention, world.device.type)
-    model: torch.nn.Module = build_model(run, ds_config, backend, world.device)
+    backend, reason = attention_in_force(run.model.attention, world.device.type, run.model.precision)
+    model: torch.nn.Module = build_model(run, ds_config, implementation_of(backend), world.device)
     if run.method.has_adapters:
         model = add_adapters(model, run.method, run.seed)
     save_activations(model, run, world.device)

@@ -46,12 +46,13 @@ def done(value: Any) -> Future[Any]:
 
 HERE: dict[str, Any] = {
     "versions": {"torch": "2.13.0+cpu", "deepspeed": "0.19.8"}, "has_cuda": False, "cuda_error": None, "gpus": 0,
-    "has_bf16": True, "has_ninja": True, "cuda_home": None, "attention": ["sdpa", "no GPU"],
-    "async_io": "can be built",
+    "has_bf16": True, "has_ninja": True, "cuda_home": None, "attention": ["sdpa", "no GPU"], "capability": None,
+    "kernels": ["torch", "no GPU"], "async_io": "can be built",
 }  # fmt: skip
 CUDA_HERE = HERE | {
     "versions": {"torch": "2.13.0+cu130", "deepspeed": "0.19.8", "CUDA": "13.0", "NCCL": "2.28.3"},
-    "has_cuda": True, "gpus": 1, "attention": ["flash_attention_2", "flash-attn is installed"],
+    "has_cuda": True, "gpus": 1, "attention": ["flash_attention_4", "flash-attn-4 is installed"],
+    "capability": [9, 0], "kernels": ["liger", "liger-kernel 0.8.5 is installed"],
 }  # fmt: skip
 
 
@@ -288,12 +289,26 @@ def test_what_is_compiled(project):
 def test_attention(project):
     gpu = load(project, "cluster.device=cuda")
     assert software.attention(subject()).found == "sdpa: no GPU"
-    check = software.attention(subject(gpu, [H100], CUDA_HERE | {"attention": ["sdpa", "flash-attn is not installed"]}))
-    assert check.state == "warn" and "qwen-dist[flash-attn]" in check.fix
+    varlen = {"attention": ["varlen", "torch's own"]}
+    check = software.attention(subject(gpu, [H100], CUDA_HERE | varlen))
+    assert check.state == "warn" and "qwen-dist[flash-attn-4]" in check.fix
+    assert software.attention(subject(gpu, [H100], CUDA_HERE | varlen | {"capability": [8, 0]})).state == "ok"
+    assert software.attention(subject(gpu, [H100], CUDA_HERE | {"attention": ["varlen", "asked for"]})).state == "ok"
     assert software.attention(subject(gpu, [H100], CUDA_HERE)).state == "ok"
     error = "flash-attn cannot be imported (undefined symbol); reinstall it for this torch."
     check = software.attention(subject(gpu, [H100], CUDA_HERE | {"attention_error": error}))
     assert (check.state, check.fix) == ("FAIL", "reinstall it for this torch.")
+
+
+def test_kernels(project):
+    assert software.kernels(subject()).found == "torch: no GPU"
+    gpu = load(project, "cluster.device=cuda")
+    assert software.kernels(subject(gpu, [H100], CUDA_HERE)).found == "liger: liger-kernel 0.8.5 is installed"
+    error = "model.kernels=liger needs the package liger-kernel; install it."
+    check = software.kernels(subject(gpu, [H100], CUDA_HERE | {"kernels_error": error}))
+    assert (check.state, check.fix) == ("FAIL", "install it.")
+    check = software.packages(subject(load(project, "model.kernels=liger")))
+    assert check.state == "FAIL" and "liger-kernel is missing" in check.found
 
 
 def test_software_of_a_container_is_not_looked_for_here():

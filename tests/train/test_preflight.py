@@ -191,6 +191,6 @@ def test_a_meeting_waits_for_all_until_its_deadline(tmp_path):
 
 def test_what_torch_and_deepspeed_find_here():
     found = here("cpu", "auto")
-    assert found["async_io"] and found["attention"] == ("sdpa", "no GPU")
+    assert found["async_io"] and found["attention"] == ("sdpa", "no GPU") and found["kernels"] == ("torch", "no GPU")
     assert {"python", "torch", "deepspeed", "transformers", "peft"} <= set(found["versions"])
     assert "flash-attn" in here("cuda", "flash_attention_2")["attention_error"]

@@ -35,9 +35,10 @@ from qwen_dist.train.debugging.room import require_room
 from qwen_dist.train.debugging.steps import make_deterministic, peak_bytes, shown_micro_batch
 from qwen_dist.train.debugging.view import JsonView, TextView, View
 from qwen_dist.train.engine import summed_loss
-from qwen_dist.train.model.attention import choose_attention
+from qwen_dist.train.model.attention import attention_in_force
 from qwen_dist.train.model.build import build_model, load_model_config
 from qwen_dist.train.model.lora import add_adapters, unwrapped
+from qwen_dist.train.model.packed import implementation_of
 from qwen_dist.train.model.recompute import save_activations
 from qwen_dist.train.world import World
 
@@ -159,17 +160,17 @@ def choose_weights(run_dir: RunDir, step: int) -> Weights:
 
 def build(run: Run, weights: Weights, world: World) -> tuple[torch.nn.Module, str, str]:
     """The model with these weights on its device, ready to train; its attention backend, and why that one."""
-    backend, reason = choose_attention(run.model.attention, world.device.type)
+    backend, reason = attention_in_force(run.model.attention, world.device.type, run.model.precision)
     model: torch.nn.Module
     if weights.checkpoint is not None:
         make: Callable[..., torch.nn.Module] = adapted_model if run.method.has_adapters else full_model
         model = make(run, read_weights(weights.checkpoint))
     else:
-        model = build_model(run, None, backend, world.device)
+        model = build_model(run, None, implementation_of(backend), world.device)
         if run.method.has_adapters:
             model = add_adapters(model, run.method, run.seed)
     base = unwrapped(model)
-    base.set_attn_implementation(backend)
+    base.set_attn_implementation(implementation_of(backend))
     base.config.use_cache = False
     save_activations(model, run, world.device)
     return model.to(world.device).train(), backend, reason

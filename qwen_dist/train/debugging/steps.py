@@ -26,7 +26,7 @@ from qwen_dist.train.debugging.reports import MicroBatchReport, StepReport
 from qwen_dist.train.debugging.room import require_room
 from qwen_dist.train.debugging.view import JsonView, TextView, View
 from qwen_dist.train.engine import Engine, make_engine
-from qwen_dist.train.model.attention import choose_attention
+from qwen_dist.train.model.attention import attention_in_force
 from qwen_dist.train.model.build import load_model_config
 from qwen_dist.train.model.recompute import num_layers_of
 from qwen_dist.train.optim import lr_at
@@ -163,7 +163,7 @@ def _about(run: Run, engine: Engine, plan: StepPlan, num_rows: int, layers: int 
     trained = sum(size for parameter, size in sizes if parameter.requires_grad)
     cut = f", {counted(layers, 'layer')}, random weights" if layers is not None else ""
     offload = "" if run.zero.offload in ("auto", "none") else f", offload {run.zero.offload}"
-    backend, reason = choose_attention(run.model.attention, engine.world.device.type)
+    backend, reason = attention_in_force(run.model.attention, engine.world.device.type, run.model.precision)
     recomputed = run.num_recomputed(num_layers_of(model))
     epochs = len(plan.packs_per_epoch)
     return [

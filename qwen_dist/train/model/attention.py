@@ -2,50 +2,68 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from typing import Any
 
+import torch
+
+from qwen_dist.backends import FLASH, Capability, choose_attention, installed_packages
 from qwen_dist.data.batches import MicroBatch
 from qwen_dist.errors import EnvironmentNotReady
 
 
-def choose_attention(asked: str, device_type: str) -> tuple[str, str]:
-    """The attention backend in force, and why.
+def attention_in_force(asked: str, device: str, precision: str) -> tuple[str, str]:
+    """The attention backend that computes on this machine, imported, and why that one.
 
     Args:
-        asked: `model.attention` of the run file.
-        device_type: "cuda" or "cpu".
+        asked, precision: `model.attention` and `model.precision` of the run.
+        device: "cuda" or "cpu".
 
     Returns:
-        `(backend, reason)`; the backend by transformers' name.
+        `(backend, reason)`; the backend as `model.attention` names it.
 
     Raises:
-        EnvironmentNotReady: a backend was asked for by name and cannot run here.
+        EnvironmentNotReady: one was asked for and cannot run here, or a package does not fit this torch.
     """
-    installed = importlib.util.find_spec("flash_attn") is not None
-    if asked == "flash_attention_2":
-        if device_type != "cuda":
-            raise EnvironmentNotReady("model.attention=flash_attention_2 needs a GPU; set model.attention=auto.")
-        if not installed:
-            raise EnvironmentNotReady(
-                "model.attention=flash_attention_2 needs the package flash-attn; "
-                "install it with pip install 'qwen-dist[flash-attn]', or set model.attention=auto."
-            )
-        return asked, "asked for"
-    if asked != "auto":
-        return asked, "asked for"
-    if device_type == "cuda" and installed:
-        return "flash_attention_2", "flash-attn is installed"
-    return "sdpa", "no GPU" if device_type != "cuda" else "flash-attn is not installed"
+    chosen = choose_attention(asked, device, capability_of(device), installed_packages(), precision)
+    import_kernels(chosen[0])
+    return chosen
+
+
+def capability_of(device: str) -> Capability | None:
+    """The compute capability of this process's GPU; None where there is none."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability()
+
+
+def import_kernels(backend: str) -> None:
+    """Import what the backend computes with: a build for another torch is found, and fails only here.
+
+    Raises:
+        EnvironmentNotReady: it cannot be imported.
+    """
+    flash = FLASH.get(backend)
+    module = flash.module if flash else "torch.nn.attention.varlen" if backend == "varlen" else None
+    if module is None:
+        return
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        package = flash.package if flash else "torch.nn.attention.varlen"
+        reason = str(error).splitlines()[0]
+        raise EnvironmentNotReady(
+            f"{package} is installed, but cannot be imported ({reason}); reinstall it for this torch, or set "
+            f"model.attention={'varlen' if flash else 'sdpa'}."
+        ) from None
 
 
 def forward_arguments(batch: MicroBatch, backend: str) -> dict[str, Any]:
     """Arguments of the model's forward that keep the samples of a pack apart.
 
-    No attention mask and no cache: only then does transformers (5.x) read the sample boundaries from
-    `position_ids` for sdpa and eager; with its default cache, hidden states of one sample move by 4.8 with what
-    stands before it. Flash attention gets the boundaries as `cu_seq_lens`, else it synchronises the device in
-    every layer to find them.
+    Lengths are Python ints or lie on the device already: nothing waits for it. For eager, no attention mask and no
+    cache: only then does transformers (5.x) read the sample boundaries from `position_ids`; with its default cache,
+    hidden states of one sample move by 4.8 with what stands before it.
     """
     arguments: dict[str, Any] = {
         "input_ids": batch.input_ids_1T,
@@ -53,7 +71,9 @@ def forward_arguments(batch: MicroBatch, backend: str) -> dict[str, Any]:
         "attention_mask": None,
         "use_cache": False,
     }
-    if backend == "flash_attention_2":
+    if backend == "sdpa":
+        arguments["sample_lengths"] = batch.sample_lengths
+    elif backend != "eager":
         boundaries = {"cu_seq_lens_q": batch.cu_seq_lens, "cu_seq_lens_k": batch.cu_seq_lens}
         arguments |= boundaries | {"max_length_q": batch.max_length, "max_length_k": batch.max_length}
     return arguments

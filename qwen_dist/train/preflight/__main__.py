@@ -15,6 +15,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--here", action="store_true", help="print what torch and DeepSpeed find here, as JSON")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu", help="with --here: where a run computes")
     parser.add_argument("--attention", default="auto", help="with --here: model.attention of the run")
+    parser.add_argument("--kernels", default="auto", help="with --here: model.kernels of the run")
+    parser.add_argument("--precision", default="bf16", help="with --here: model.precision of the run")
     found = parser.parse_args()
     if found.here == (found.run_dir is not None):
         parser.error("give a run directory, or --here")
@@ -27,7 +29,7 @@ def run() -> int:
     if asked.here:
         from qwen_dist.train.preflight.here import here
 
-        print(json.dumps(here(asked.device, asked.attention)))
+        print(json.dumps(here(asked.device, asked.attention, asked.kernels, asked.precision)))
         return 0
     from qwen_dist.train.preflight.main import FACTS_WITHIN_S, main
 

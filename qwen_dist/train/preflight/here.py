@@ -3,61 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 from typing import Any
 
+from qwen_dist.backends import choose_kernels, installed_packages
 from qwen_dist.errors import EnvironmentNotReady
 from qwen_dist.train.preflight.facts import software
 
 
-def here(device: str, attention: str) -> dict[str, Any]:
+def here(device: str, attention: str, kernels: str = "auto", precision: str = "bf16") -> dict[str, Any]:
     """Facts as JSON values.
 
     Args:
         device: "cuda" or "cpu", where a run computes.
-        attention: `model.attention` of the run.
+        attention, kernels, precision: of the section `model` of the run.
 
     Returns:
         "versions"; "has_cuda" and "cuda_error" (why not); "gpus" that torch sees; "async_io" (DeepSpeed's op for
-        zero.nvme_path): "built", "can be built" or why not; "has_ninja"; "cuda_home"; "attention": [backend, reason],
-        or "attention_error".
+        zero.nvme_path): "built", "can be built" or why not; "has_ninja"; "cuda_home"; "attention" and
+        "kernels": [which, reason], or "attention_error" and "kernels_error"; "capability" of the GPU, or null.
     """
     # DeepSpeed and torch narrate while they are imported and probed; stdout is for the JSON alone.
     with contextlib.redirect_stdout(io.StringIO()):
         import torch
         from torch.utils.cpp_extension import CUDA_HOME, is_ninja_available
 
-        from qwen_dist.train.model.attention import choose_attention
+        from qwen_dist.train.model.attention import attention_in_force, capability_of
 
         found = software()
         found |= {"has_cuda": torch.cuda.is_available(), "cuda_error": _cuda_error(), "cuda_home": CUDA_HOME}
         found |= {"gpus": torch.cuda.device_count() if found["has_cuda"] else 0}
         found |= {"has_bf16": not found["has_cuda"] or torch.cuda.is_bf16_supported(including_emulation=False)}
         found |= {"has_ninja": is_ninja_available(), "async_io": _async_io()}
+        found["capability"] = capability_of(device)
         try:
-            found["attention"] = choose_attention(attention, device)
-            _import_kernels(found["attention"][0])
+            found["attention"] = attention_in_force(attention, device, precision)
         except EnvironmentNotReady as error:
             found["attention_error"] = str(error)
+        try:
+            found["kernels"] = choose_kernels(kernels, device, None, installed_packages())
+        except EnvironmentNotReady as error:
+            found["kernels_error"] = str(error)
     return found
-
-
-def _import_kernels(backend: str) -> None:
-    """Import what the backend computes with: a build for another torch is found, and fails only here.
-
-    Raises:
-        EnvironmentNotReady: it cannot be imported.
-    """
-    if backend != "flash_attention_2":
-        return
-    try:
-        importlib.import_module("flash_attn")
-    except ImportError as error:
-        raise EnvironmentNotReady(
-            f"flash-attn is installed, but cannot be imported ({str(error).splitlines()[0]}); reinstall it for this "
-            "torch, or set model.attention=sdpa."
-        ) from None
 
 
 def _cuda_error() -> str | None:
