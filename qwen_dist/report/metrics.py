@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qwen_dist.append import AppendedFile
 from qwen_dist.run_dir import write_atomically
 
 
@@ -29,7 +30,7 @@ class MetricsFile:
     def _open(self, resumed_step: int) -> None:
         kept = [entry for entry in read_metrics(self._path) if entry["step"] <= resumed_step]
         write_atomically(self._path, "".join(_line(entry) for entry in kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = AppendedFile(self._path, is_new=False)
 
     def go_back(self, step: int) -> None:
         """Drop what was measured after `step`, as on a resume: it comes again."""
@@ -38,8 +39,7 @@ class MetricsFile:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one object and hand it to the system at once, so that `tail -f` sees it."""
-        self._file.write(_line(entry))
-        self._file.flush()
+        self._file.write(_line(entry).encode())
 
     def close(self) -> None:
         self._file.close()

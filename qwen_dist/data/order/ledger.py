@@ -9,7 +9,6 @@ Shapes: N sample numbers of one rank in one step.
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections import defaultdict
@@ -20,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qwen_dist.log import get_logger
+from qwen_dist.append import AppendedFile
 from qwen_dist.run_dir import RunDir
 
 HEADER = struct.Struct("<4sIII")  # MAGIC, attempt, rank, world size
@@ -54,9 +53,8 @@ class Ledger:
     def _open(self, attempt: int) -> None:
         path = self._run_dir.ledger_file(attempt, self._rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("wb", buffering=0)
-        self._failed = False
-        self._write(HEADER.pack(MAGIC, attempt, self._rank, self._world_size))
+        self._file = AppendedFile(path, is_new=True)
+        self._file.write(HEADER.pack(MAGIC, attempt, self._rank, self._world_size))
 
     def begin(self, attempt: int) -> None:
         """Go on in the files of another attempt: steps that were recorded come again."""
@@ -64,37 +62,18 @@ class Ledger:
         self._open(attempt)
 
     def write(self, step: int, samples_N: np.ndarray, is_trained: bool = True) -> None:
-        """Say that `step` was trained with these samples on this rank, or only seen; after the optimizer's step.
-
-        A disk that takes no more costs the ledger, with a warning, and not the run.
-        """
+        """Say that `step` was trained with these samples on this rank, or only seen; after the optimizer's step."""
         width = 4 if len(samples_N) == 0 or int(samples_N.max()) < 1 << 32 else 8
         flagged = width if is_trained else width | NOT_TRAINED_BIT
         body = RECORD.pack(step, len(samples_N), flagged) + samples_N.astype(f"<u{width}").tobytes()
-        self._write(body + CRC.pack(zlib.crc32(body)))
+        self._file.write(body + CRC.pack(zlib.crc32(body)))
 
     def sync(self) -> None:
         """On disk for good: before a checkpoint says that these steps are done."""
-        if not self._failed:
-            os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()
-
-    def _write(self, data: bytes) -> None:
-        if self._failed:
-            return
-        try:
-            written = self._file.write(data)
-            if written != len(data):
-                raise OSError("no space left")
-        except OSError as error:
-            self._failed = True
-            get_logger().warning(
-                "%s cannot be written (%s): training goes on, but nothing will show which samples it saw",
-                self._file.name,
-                error.strerror or error,
-            )
 
 
 @dataclass(frozen=True)
