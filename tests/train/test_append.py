@@ -19,7 +19,7 @@ def full_disk() -> Iterator[object]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_what_was_not_taken_follows_in_order(tmp_path: Path, full_disk) -> None:  # noqa: ANN001
+def test_what_was_not_taken_follows_in_order(tmp_path: Path, full_disk) -> None:
     path = tmp_path / "file"
     file = AppendedFile(path, is_new=True)
     file.write(b"one ")
