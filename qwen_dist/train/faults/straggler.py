@@ -125,6 +125,6 @@ class Stragglers:
         self._warned_at = step
         what = "data and forward" if self._is_forward_own else "data"
         get_logger().warning(
-            "step %d: rank %d (%s) holds up the others: the slowest in %d of the last %d steps, by more than %d %% (%s)",
+            "step %d: rank %d (%s) holds up the others: slowest in %d of the last %d steps, by more than %d %% (%s)",
             step, spread.slow_rank, self._hosts_W[spread.slow_rank], num_slow, len(self._slow), 100 * SLOW - 100, what,
         )  # fmt: skip

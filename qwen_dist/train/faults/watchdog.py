@@ -97,7 +97,7 @@ class Watchdog:
         # Where this thread was held up itself, by a stop signal or a file system, nobody watched meanwhile.
         was_away = now - self._looked_at > hang.SILENT_SHARE * bound_s
         if num_marks != self._num_marks or was_away or (where.phase == "save" and self._has_written()):
-            self._num_marks, self._moved_at = num_marks, now
+            self._num_marks, self._moved_at, self._look_at = num_marks, now, now
         self._looked_at = now
         self._time_steps(where, now)
         self._places.tell(where, now - self._moved_at)
