@@ -2,8 +2,8 @@
 
     deepspeed --no_local_rank --num_gpus 2 tests/distributed/numbers_worker.py SPECS.json OUT
 
-SPECS.json is a list of {"name", "config"}. For each, an engine makes step A and step C, and another one of the same seed
-makes A, then steps that must be dropped, then C: both must end with the same bits.
+SPECS.json is a list of {"name", "config"}. For each, an engine makes step A and step C, and another one of the same
+seed makes A, then steps that must be dropped, then C: both must end with the same bits.
 """
 
 from __future__ import annotations
@@ -61,9 +61,8 @@ def make_step(engine: Engine, step: int, fault: str | None = None) -> float:
 
 def poisoned(engine: Engine, value: float) -> list:
     """One value of one gradient is another, as a kernel or a memory cell may make it."""
-    name, parameter = next(
-        p for p in engine.ds_engine.module.named_parameters() if "q_proj" in p[0] and p[1].requires_grad
-    )
+    named = engine.ds_engine.module.named_parameters()
+    parameter = next(parameter for name, parameter in named if "q_proj" in name and parameter.requires_grad)
 
     def change(gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.clone()

@@ -29,7 +29,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "usual": (USUAL, (2.1, 1.0), (), (20,), {}, Verdict("go on")),
     "just below a spike": (USUAL, (6.0, 1.0), (), (20,), {}, Verdict("go on")),
     "a spike is reported": (USUAL, (6.1, 1.0), (), (20,), {}, Verdict("report", "spike", 2.0)),
-    "a spike is told apart by its factor": (USUAL, (4.1, 1.0), (), (), {"spike_factor": 2}, Verdict("report", "spike", 2.0)),
+    "a spike by the factor": (USUAL, (4.1, 1.0), (), (), {"spike_factor": 2}, Verdict("report", "spike", 2.0)),
     "too few steps for a median": (USUAL[: MIN_STEPS - 1], (99.0, 1.0), (), (20,), {}, Verdict("go on")),
     "several times next to nothing": ((0.004,) * 20, (0.03, 1.0), (), (20,), {}, Verdict("go on")),
     "a large gradient is clipped, and no fault": (USUAL, (2.0, 1e9), (), (20,), {}, Verdict("go on")),
@@ -42,11 +42,11 @@ CASES: dict[str, tuple[Any, ...]] = {
     "the last skip": (USUAL, (NAN, INF), FULL[:-1], (), SKIP, Verdict("skip", "loss", None, (25,))),
     "one skip too many": (USUAL, (NAN, INF), FULL, (), SKIP, Verdict("stop", "loss", is_exhausted=True)),
     "back": (USUAL, (NAN, INF), (), (10, 20), BACK, Verdict("roll back", "loss", None, (24, 25), 20)),
-    "back before the last update": (USUAL, (9.0, 1.0), (), (20, 24), BACK, Verdict("roll back", "spike", 2.0, (24, 25), 20)),
+    "before the last": (USUAL, (9.0, 1.0), (), (20, 24), BACK, Verdict("roll back", "spike", 2.0, (24, 25), 20)),
     "no checkpoint: skip": (USUAL, (NAN, INF), (), (), BACK, Verdict("skip", "loss", None, (25,))),
     "no checkpoint: report": (USUAL, (9.0, 1.0), (), (), BACK, Verdict("report", "spike", 2.0)),
     "no room to go back": (USUAL, (9.0, 1.0), FULL, (20,), BACK, Verdict("stop", "spike", 2.0, is_exhausted=True)),
-    "what is skipped already takes no room": (USUAL, (NAN, INF), (*FULL[1:], 25), (), SKIP, Verdict("skip", "loss", None, (25,))),
+    "counted already": (USUAL, (NAN, INF), (*FULL[1:], 25), (), SKIP, Verdict("skip", "loss", None, (25,))),
 }  # fmt: skip
 
 
