@@ -25,6 +25,8 @@ NOISY_LOGGERS = (
 
 # It warns when peft imports it on a CPU, of a kernel that only inference uses (0.50): long before logging is set up.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# DeepSpeed's line about a gradient that it dropped: the trainer says more of it.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW!" not in record.getMessage())
 
 
 def get_logger() -> logging.Logger:

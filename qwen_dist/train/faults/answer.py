@@ -47,13 +47,14 @@ def after(job: Job, state: State, trained: Trained, found: Verdict) -> State:
     if found.fault is None:
         return advanced(state, trained)
     broken = nonfinite_weights(job.engine) if found.fault != "spike" else []
-    why = _why(job, trained, found, broken)
+    why, rank = _why(job, trained, found, broken)
     if found.action == "stop":
-        if found.fault != "spike" and state.step > 0 and not broken:  # of a spike, the update is made by now
+        is_saved = found.fault != "spike" and state.step > 0 and not broken
+        if is_saved:
             job.ledger.sync()
             job.saver.save(state)
             job.saver.finish()
-        raise RunFailed(f"{why} {_advice(job, trained, found)}")
+        raise RunFailed(f"{why} {_advice(job, trained, found, rank, is_saved)}")
     if found.action == "roll back":
         new = go_back(job, state, found)
     elif found.action == "skip":
@@ -94,8 +95,8 @@ def advanced(state: State, trained: Trained) -> State:
     )
 
 
-def _why(job: Job, trained: Trained, found: Verdict, broken: list[str]) -> str:
-    """What is wrong, where, and with which rows; all ranks call it together."""
+def _why(job: Job, trained: Trained, found: Verdict, broken: list[str]) -> tuple[str, int]:
+    """What is wrong, where, and with which rows; and the first rank to look at. All ranks call it together."""
     step, engine = trained.step, job.engine
     if found.fault == "gradient":
         suspects = suspects_by_gradient(engine, trained.taken.batches, trained.weight, job.plan, step)
@@ -108,8 +109,8 @@ def _why(job: Job, trained: Trained, found: Verdict, broken: list[str]) -> str:
         if found.median is not None:
             what += f", {trained.numbers.loss / found.median:.1f} times the usual {found.median:.4g}"
     where = told(suspects, job.train, len(trained.nll_M)) or nowhere
-    weights = f"; weights are not finite either: {', '.join(broken[:3])}" if broken else ""
-    return f"{what}: {where}{weights}."
+    weights = f"; weights were not finite before it: {', '.join(broken[:3])}" if broken else ""
+    return f"{what}: {where}{weights}.", suspects[0].rank if suspects else 0
 
 
 def _what_is_done(found: Verdict, new: State, job: Job) -> str:
@@ -122,15 +123,15 @@ def _what_is_done(found: Verdict, new: State, job: Job) -> str:
     return f"Back to the checkpoint of step {found.go_back_to}; the data of step {steps} is passed over ({limit})."
 
 
-def _advice(job: Job, trained: Trained, found: Verdict) -> str:
-    policy = "faults.on_spike" if found.fault == "spike" else "faults.on_nonfinite"
-    more = (
-        f"faults.max_skipped_steps={job.run.faults.max_skipped_steps} is used up"
-        if found.is_exhausted
-        else f"{policy}=skip or rollback passes over such steps"
-    )
-    replay = f"qwen-dist train --replay {shown(str(job.run_dir.path))} --step {trained.step}"
-    return f"The weights are as before the step: look into it with {replay} --rank R; {more}."
+def _advice(job: Job, trained: Trained, found: Verdict, rank: int, is_saved: bool) -> str:
+    """What the user can do about a run that stops."""
+    replay = f"qwen-dist train --replay {shown(str(job.run_dir.path))} --step {trained.step} --rank {rank}"
+    policy = "faults.on_spike=report" if found.fault == "spike" else "faults.on_nonfinite=skip or rollback"
+    limit = f"faults.max_skipped_steps={job.run.faults.max_skipped_steps} leaves no room to pass over more steps"
+    goes_on = limit if found.is_exhausted else f"{policy} goes on without such steps"
+    saved = " and saved" if is_saved else ""
+    before = "" if found.fault == "spike" else f"The weights are as before the step{saved}. "
+    return f"{before}Look into it with {replay}; {goes_on}."
 
 
 def _entry(new: State, trained: Trained, found: Verdict) -> dict[str, Any]:
