@@ -86,7 +86,7 @@ def compare(case: Case, device: str) -> dict[str, Any]:
     return {
         "case": case.name,
         "backend": result["backend"],
-        "kept": (activations.kept + activations.head_logits, measured["saved_bytes"]),
+        "kept": (activations.kept + activations.loss_kept, measured["saved_bytes"]),
         "rest": (allocated["rest"], measured["rest_bytes"]),
         "peak": (max(allocated[moment] for moment in ("loss", "backward", "update")), measured["peak_bytes"]),
         "reserved": (memory.peak - memory.gpu["rest"].workspace, measured["reserved_bytes"]),

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape
 
-# Of the loss: rows that are fp32 at one time (CHUNK_ROWS of qwen_dist/train/loss.py), and tensors of them: the logits,
-# their log-softmax, and the gradient of the chunk before.
-LOSS_CHUNK_ROWS, LOSS_CHUNK_TENSORS = 256, 3
+# Of the loss (qwen_dist/train/loss.py), on a GPU: logits that exist at one time, 2,106 rows of 151,936 in bf16, since a
+# product of fewer rows waits for the weights and the sum of their gradient (3 GB a chunk in a 14B model); and how much
+# of them is fp32 at one time, twice: the logits and their softmax.
+LOGITS_BYTES, SOFTMAX_BYTES = 640_000_000, 160_000_000
+# A sum in bf16 is rounded with every chunk: after 16 of them it is off by 0.4 %, where one rounding of a product of all
+# rows costs 0.2 %. Of more, the head's gradient is summed in fp32.
+MAX_ROUNDED_SUMS = 16
 FP32 = 4
 # Of offloaded activations: layers whose own stay on the device, or are there at a time; and the size in which host
 # memory is page-locked for them. A power of two: torch rounds up to one (ATen/core/CachingHostAllocator.h, 2.13).
@@ -26,18 +30,24 @@ class Activations:
     """Bytes of a micro-batch on one GPU.
 
     Attributes:
-        kept: by forward until backward reaches it, all layers together; without logits.
+        kept: by forward until backward reaches it, all layers together; without the loss.
         final_norm: in the final norm's backward, the first after the head's.
-        backward: at most, while backward runs, what is still kept included; without logits.
-        logits: at most, in the loss and its backward, beside `kept`.
-        head_logits: what of the logits lives while the head's own gradient is computed.
+        backward: at most, while backward runs, what is still kept included; without the loss.
+        loss: at most, in the loss, beside `kept`.
+        loss_kept: by the loss until its backward: the gradients of the hidden states and of a trained head.
     """
 
     kept: int
     final_norm: int
     backward: int
-    logits: int
-    head_logits: int
+    loss: int
+    loss_kept: int
+
+
+def chunk_rows(num_rows: int, columns: int, element: int, limit_bytes: int) -> int:
+    """Rows of a chunk: as few chunks as the limit allows, all of about the same size; at least one row."""
+    most = max(1, limit_bytes // (columns * element))
+    return -(-num_rows // -(-num_rows // most))
 
 
 def element_bytes(layout: Layout) -> int:
@@ -55,39 +65,66 @@ def activations_of(shape: ModelShape, layout: Layout, supervised_share: float, i
         is_flash: flash attention; else sdpa with a mask of T x T.
     """
     tokens, element, hidden = layout.tokens_per_micro_batch, element_bytes(layout), shape.hidden_size
+    trained = max(1, round(supervised_share * tokens))
     recomputed = min(layout.recomputed_layers, shape.num_layers)
-    layer, checkpoint = layer_bytes(shape, layout, is_flash), element * hidden * tokens
-    around = tokens * _around_bytes_token(shape, layout)
+    layer, last = (layer_bytes(shape, layout, is_flash, rows) for rows in (None, trained))
+    checkpoint, norm_bytes = element * hidden * tokens, _norm_bytes_token(shape, layout)
+    around = trained * norm_bytes + tokens * _around_bytes_token(shape, layout)
     if not is_flash:
         around += tokens * tokens  # the mask itself, one byte a pair
+    is_last_kept = recomputed < shape.num_layers
     kept = recomputed * checkpoint + (shape.num_layers - recomputed) * layer + around
+    kept += last - layer if is_last_kept else 0
     if layout.method != "full" and recomputed == 0:
         kept -= tokens * FP32 * (hidden + 1)  # nothing before the first adapter needs a gradient: no norm's input kept
 
     norm, mlp = _working_bytes_token(shape, layout)
-    final_norm = _norm_bytes_token(shape, layout)
-    backward = kept + tokens * max(norm, mlp - final_norm)
+    final_norm = kept + trained * norm
+    # The MLP's of the last layer, then of the one before it, when what the last one kept is gone.
+    backward = max(final_norm, kept + trained * (mlp - norm_bytes))
+    rope = tokens * _rope_bytes_token(shape, layout)
+    if recomputed < shape.num_layers - 1:
+        backward = max(backward, kept - last - trained * norm_bytes + tokens * mlp)
+    if not is_last_kept:
+        backward = max(backward, recomputed * checkpoint + last + rope + trained * mlp)
     if recomputed:
-        rope = tokens * _rope_bytes_token(shape, layout)
-        backward = max(backward, recomputed * checkpoint + layer + rope + tokens * mlp)
-    trained = max(1, round(supervised_share * tokens))
-    one = element * trained * shape.vocab_size
-    chunk = LOSS_CHUNK_TENSORS * FP32 * min(trained, LOSS_CHUNK_ROWS) * shape.vocab_size
-    inputs = element * trained * hidden if layout.method == "full" else 0  # for the gradient of the head's weight
-    # Backward multiplies the stored gradient into a second tensor of its size; then one of them is left.
-    return Activations(kept, kept + tokens * norm, backward, max(one + chunk, 2 * one) + inputs, one + inputs)
+        first = recomputed if is_last_kept else recomputed - 1
+        backward = max(backward, first * checkpoint + layer + rope + tokens * mlp)
+    return Activations(kept, final_norm, backward, *_loss_bytes(shape, layout, trained))
 
 
-def layer_bytes(shape: ModelShape, layout: Layout, is_flash: bool = True) -> int:
-    """What one decoder layer keeps of T tokens when it is not recomputed."""
+def _loss_bytes(shape: ModelShape, layout: Layout, trained: int) -> tuple[int, int]:
+    """The loss of N rows: at most, and what it keeps for backward: the gradients of the rows and of a trained head."""
+    element, vocab = element_bytes(layout), shape.vocab_size
+    hidden, head = element * trained * shape.hidden_size, element * shape.embedding_parameters
+    head = head if layout.method == "full" else 0
+    rows = chunk_rows(trained, vocab, element, LOGITS_BYTES)
+    chunk = element * rows * vocab + 2 * FP32 * chunk_rows(rows, vocab, FP32, SOFTMAX_BYTES) * vocab
+    # A sum of many chunks is fp32, and what is added to it, or made of it, is there as well.
+    is_rounded = trained <= MAX_ROUNDED_SUMS * rows
+    head_sum = head if is_rounded or element == FP32 else head + FP32 * head // element
+    return 2 * hidden + chunk + head_sum, hidden + head
+
+
+def layer_bytes(shape: ModelShape, layout: Layout, is_flash: bool = True, rows: int | None = None) -> int:
+    """What one decoder layer keeps of T tokens when it is not recomputed.
+
+    Args:
+        rows: of them go on after the attention; only in the last layer are these fewer than all.
+    """
     tokens = layout.tokens_per_micro_batch
-    per_token = _attention_bytes_token(shape, layout, is_flash) + _mlp_bytes_token(shape, layout)
-    per_token += 2 * _norm_bytes_token(shape, layout)
+    before = _attention_bytes_token(shape, layout, is_flash) + _norm_bytes_token(shape, layout)
+    after = _mlp_bytes_token(shape, layout) + _norm_bytes_token(shape, layout)
     if layout.method != "full":
-        per_token += element_bytes(layout) * layout.rank * sum(name in layout.targets for name in shape.layer_linears)
+        adapted = [name for name in shape.layer_linears if name in layout.targets]
+        of_attention = sum(name in ("q_proj", "k_proj", "v_proj") for name in adapted)
+        before += element_bytes(layout) * layout.rank * of_attention
+        after += element_bytes(layout) * layout.rank * (len(adapted) - of_attention)
+    if rows is not None and _keeps_input(layout, ("o_proj",)):
+        after += element_bytes(layout) * shape.query_size  # the chosen rows; all of them are what attention keeps
     # sdpa turns the boolean mask into one of the activations' type, anew in each layer, and keeps it.
     mask = 0 if is_flash else element_bytes(layout) * tokens * tokens
-    return tokens * per_token + mask
+    return tokens * before + (tokens if rows is None else rows) * after + mask
 
 
 def _norm_bytes_token(shape: ModelShape, layout: Layout) -> int:
@@ -139,8 +176,8 @@ def _rope_bytes_token(shape: ModelShape, layout: Layout) -> int:
 
 
 def _around_bytes_token(shape: ModelShape, layout: Layout) -> int:
-    """Outside of the layers: final norm, rotary angles, token ids."""
-    return _norm_bytes_token(shape, layout) + _rope_bytes_token(shape, layout) + 8
+    """Outside of the layers, the final norm apart: rotary angles, token ids."""
+    return _rope_bytes_token(shape, layout) + 8
 
 
 def _working_bytes_token(shape: ModelShape, layout: Layout) -> tuple[int, int]:

@@ -113,16 +113,16 @@ def _flops(question: Question, layout: Layout, depth: Depth) -> float:
 
 def _activation_factor(question: Question, layout: Layout, measurements: Sequence[Mapping[str, Any]]) -> float:
     """Measured bytes kept for backward by modelled ones: of the layers between two depths, or of the whole model."""
-    kept, logits = [], 0
+    kept, of_loss = [], 0
     for found in measurements:
         shape = replace(question.shape, num_layers=found["layers"])
         alone = probe_layout(layout, "none", found["recomputed"])
         modelled = activations_of(shape, alone, question.supervised_share, question.is_flash)
         kept.append(modelled.kept)
-        logits = modelled.head_logits
+        of_loss = modelled.loss_kept
     saved = [int(found["saved_bytes"]) for found in measurements]
     if len(saved) == 1:
-        return (saved[0] - logits) / kept[0]
+        return (saved[0] - of_loss) / kept[0]
     return (saved[-1] - saved[0]) / (kept[-1] - kept[0])
 
 

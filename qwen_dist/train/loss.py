@@ -1,6 +1,8 @@
 """The loss of law 5: the weighted sum of the supervised tokens' negative log-likelihoods, and nothing else.
 
-Shapes: T tokens in a pack, N supervised tokens in it, V vocabulary.
+Logits exist for a chunk of rows at a time, and their gradient takes their place: memory does not grow with the number
+of tokens. Shapes: T tokens in a pack, N supervised tokens in it, H hidden size, V vocabulary, C rows of a chunk,
+S rows of it that are fp32 at a time.
 Label shifting lives here and nowhere else: position t of the hidden states predicts token t + 1.
 """
 
@@ -10,10 +12,12 @@ from typing import Any
 
 import torch
 
+from qwen_dist.activations import LOGITS_BYTES, MAX_ROUNDED_SUMS, SOFTMAX_BYTES, chunk_rows
 from qwen_dist.data.cache.prepared import NOT_TRAINED
 
-# Rows of logits turned to fp32 at a time: 256 x 151,936 x 4 bytes = 156 MB, whatever max_tokens is.
-CHUNK_ROWS = 256
+# On a CPU 256 rows of 151,936 bf16 logits: of 64, 128, 256 and 512 rows the quickest per row in the three products
+# (hidden 256); and 8 of them in fp32: above, they leave the cache, and the softmax of a row takes 2.5 times as long.
+CPU_LOGITS_BYTES, CPU_SOFTMAX_BYTES = 80_000_000, 5_000_000
 
 
 def supervised_positions(
@@ -38,46 +42,105 @@ def supervised_positions(
     return positions_N, next_labels_T[positions_N], weights_N
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Summed cross entropy whose gradient is computed in forward, chunk by chunk, in the logits' own memory.
+def linear_cross_entropy(
+    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of weight * -log p(target) over the rows, where the logits are hidden_NH @ weight_VH.T.
 
-    The fp32 softmax exists for `CHUNK_ROWS` rows at a time; the gradient takes the place of the logits, which
-    backward no longer needs.
+    The gradients are computed in forward, so that backward needs neither logits nor the head's weight.
+
+    Args:
+        hidden_NH: hidden states of the supervised positions, after the last norm.
+        weight_VH: of the head; its gradient is computed where it requires one.
+        targets_N: token ids; anything in a row of weight 0.
+        weights_N: how much each row counts, fp32.
+
+    Returns:
+        The sum, an fp32 scalar, and -log p(target) of each row, fp32 [N] without a gradient.
     """
+    return _LinearCrossEntropy.apply(hidden_NH, weight_VH, targets_N, weights_N)
+
+
+def cross_entropy(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear_cross_entropy` of logits that are there already; overwritten, they must not be used afterwards."""
+    return _CrossEntropy.apply(logits_NV, targets_N, weights_N)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        has_grad, is_trained = ctx.needs_input_grad[:2]
+        (num_rows, _), vocab_size = hidden_NH.shape, weight_VH.shape[0]
+        limit = CPU_LOGITS_BYTES if hidden_NH.device.type == "cpu" else LOGITS_BYTES
+        rows = chunk_rows(num_rows, vocab_size, hidden_NH.element_size(), limit)
+        logits_CV = hidden_NH.new_empty(rows, vocab_size)
+        nll_N = hidden_NH.new_empty(num_rows, dtype=torch.float32)
+        grad_NH = torch.empty_like(hidden_NH) if has_grad else None
+        is_rounded = num_rows <= MAX_ROUNDED_SUMS * rows
+        grad_VH = torch.zeros_like(weight_VH, dtype=None if is_rounded else torch.float32) if is_trained else None
+        for start in range(0, num_rows, rows):
+            part = slice(start, min(start + rows, num_rows))
+            hidden_CH, weights_C1 = hidden_NH[part], weights_N[part].unsqueeze(1)
+            chunk_CV = torch.mm(hidden_CH, weight_VH.T, out=logits_CV[: len(hidden_CH)])
+            nll_N[part] = _cross_entropy_(chunk_CV, targets_N[part], has_grad or is_trained)
+            # A row's weight goes to the H columns of hidden states: V columns of logits would be one more pass.
+            if grad_NH is not None:
+                torch.mm(chunk_CV, weight_VH, out=grad_NH[part]).mul_(weights_C1)
+            if grad_VH is not None:
+                weighted_CH = (hidden_CH * weights_C1).to(hidden_CH.dtype)
+                if is_rounded:
+                    grad_VH.addmm_(chunk_CV.T, weighted_CH)
+                else:
+                    grad_VH += chunk_CV.T @ weighted_CH
+        ctx.save_for_backward(grad_NH, None if grad_VH is None else grad_VH.to(weight_VH.dtype))
+        ctx.mark_non_differentiable(nll_N)
+        return (nll_N * weights_N).sum(), nll_N
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
-        nll_sum = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
-        needs_grad = ctx.needs_input_grad[0]
-        for start in range(0, logits_NV.shape[0], CHUNK_ROWS):
-            rows_CV = logits_NV[start : start + CHUNK_ROWS]
-            targets_C = targets_N[start : start + CHUNK_ROWS]
-            weights_C = weights_N[start : start + CHUNK_ROWS]
-            index_C1 = targets_C.clamp(min=0).unsqueeze(1)
-            log_probs_CV = torch.log_softmax(rows_CV.float(), dim=-1)
-            nll_sum -= (log_probs_CV.gather(1, index_C1).squeeze(1) * weights_C).sum()
-            if needs_grad:
-                grad_CV = log_probs_CV.exp_()
-                grad_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=grad_CV.dtype))
-                rows_CV.copy_(grad_CV.mul_(weights_C.unsqueeze(1)))
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *(None if grad is None else grad.mul_(grad_outputs[0]) for grad in ctx.saved_tensors), None, None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        nll_N = _cross_entropy_(logits_NV, targets_N, ctx.needs_input_grad[0])
+        if ctx.needs_input_grad[0]:
+            logits_NV.mul_(weights_N.unsqueeze(1))
         ctx.save_for_backward(logits_NV)
-        return nll_sum
+        ctx.mark_non_differentiable(nll_N)
+        return (nll_N * weights_N).sum(), nll_N
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad_NV,) = ctx.saved_tensors
-        return grad_NV * grad_outputs[0].to(grad_NV.dtype), None, None
+        return ctx.saved_tensors[0].mul_(grad_outputs[0]), None, None
 
 
-def summed_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
-    """Sum of weight * -log p(target) over the rows, in fp32.
-
-    Args:
-        logits_NV: logits; overwritten, so they must not be used afterwards.
-        targets_N: token ids; anything in a row of weight 0.
-        weights_N: how much each row counts.
-
-    Returns:
-        A scalar in fp32.
-    """
-    return _SummedCrossEntropy.apply(logits_NV, targets_N, weights_N)
+def _cross_entropy_(logits_CV: torch.Tensor, targets_C: torch.Tensor, has_grad: bool) -> torch.Tensor:
+    """-log p(target) of each row, fp32 [C]; where `has_grad`, its gradient takes the place of the logits."""
+    num_rows, vocab_size = logits_CV.shape
+    limit = CPU_SOFTMAX_BYTES if logits_CV.device.type == "cpu" else SOFTMAX_BYTES
+    rows = chunk_rows(num_rows, vocab_size, 4, limit)
+    fp32_SV, probs_SV = (logits_CV.new_empty(rows, vocab_size, dtype=torch.float32) for _ in range(2))
+    nll_C = logits_CV.new_empty(num_rows, dtype=torch.float32)
+    for start in range(0, num_rows, rows):
+        rows_SV = logits_CV[start : start + rows]
+        index_S1 = targets_C[start : start + rows].clamp(min=0).unsqueeze(1)
+        values_SV = fp32_SV[: len(rows_SV)].copy_(rows_SV)
+        softmax_SV = torch.softmax(values_SV, -1, out=probs_SV[: len(rows_SV)])
+        # log p = logit - log(sum of exp), and of the largest logit p is at least 1/V: its logarithm cannot overflow.
+        largest_S1 = values_SV.amax(1, keepdim=True)
+        log_sum_S1 = largest_S1 - softmax_SV.amax(1, keepdim=True).log_()
+        nll_S1 = log_sum_S1 - values_SV.gather(1, index_S1)
+        nll_C[start : start + rows] = nll_S1.squeeze(1)
+        if has_grad:
+            rows_SV.copy_(softmax_SV)
+            # p - 1 from log p: of a p near 1, rounded to bf16, nothing would be left.
+            rows_SV.scatter_(1, index_S1, torch.expm1(-nll_S1).to(rows_SV.dtype))
+    return nll_C

@@ -14,6 +14,7 @@ from qwen_dist.shapes import QWEN3_14B
 
 PARAMETERS, LAYER, HEAD, ADAPTERS = 14.768e9, 0.3303e9, 0.7779e9, 0.2569e9
 VOCAB, HIDDEN, WIDTH = 151_936, 5120, 17_408
+LOGITS = 0.64e9 + 2 * 0.16e9  # of a chunk, and of rows of it in fp32 with their softmax
 TOKENS = (4096, 8192, 32768)
 
 
@@ -67,13 +68,15 @@ def by_hand(layout: Layout) -> float:
         gradients = 0.0
     optimizer = 12 * trained / ranks if layout.offload == "none" else 0.0
     kept, recomputed, layers = (282_624 if is_full else 250_752), 2 * HIDDEN, layout.recomputed_layers
-    activations = tokens * ((40 - layers) * kept + layers * recomputed)
-    moments = [tokens * 4 * VOCAB]  # the logits and their gradient
-    if is_full:
-        moments.append(tokens * 2 * VOCAB + 2 * HEAD)  # then the head's gradient, before it is reduced
-    if layers:
-        moments.append(tokens * (kept + 4 * WIDTH + 2 * HIDDEN))  # one layer again, and what its MLP's backward needs
-    return 1.04 * (weights + gradients + optimizer + activations + max(moments)) + 1.2e9
+    inputs = tokens * layers * recomputed
+    norm = (6 if is_full else 4) * HIDDEN
+    forward = inputs + tokens * ((40 - layers) * kept + norm)  # what forward keeps of all layers and the final norm
+    head = 2 * HEAD if is_full else 0.0  # the head's gradient, made with the loss and there until it is reduced
+    moments = [forward + LOGITS + tokens * 4 * HIDDEN + head]  # the loss: of its rows, the input and its gradient
+    moments.append(forward + tokens * 18 * HIDDEN + head)  # the final norm's backward
+    if layers:  # later one layer again, and what its MLP's backward needs; those that were not recomputed are gone
+        moments.append(inputs + tokens * (kept + 4 * WIDTH + 2 * HIDDEN))
+    return 1.04 * (weights + gradients + optimizer + max(moments)) + 1.2e9
 
 
 def table() -> str:

@@ -141,8 +141,8 @@ def test_activations_of_the_layers_are_compared(tmp_path):
         for n in (4, 8)
     ]
     assert measured_of(question, layout, "none", pair).activation_factor == pytest.approx(1.1)
-    logits = activations_of(QWEN3_14B, probe_layout(layout, "none", 0), 0.25).head_logits
-    whole = [measurement(40, saved_bytes=saved(40, 0.9, logits), reserved_bytes=1, peak_bytes=1)]
+    of_loss = activations_of(QWEN3_14B, probe_layout(layout, "none", 0), 0.25).loss_kept
+    whole = [measurement(40, saved_bytes=saved(40, 0.9, of_loss), reserved_bytes=1, peak_bytes=1)]
     assert measured_of(question, layout, "none", whole).activation_factor == pytest.approx(0.9)
 
 
@@ -155,7 +155,7 @@ def test_what_the_gpu_held_besides_is_its_base(tmp_path):
     counted = max(parts.total - parts.workspace - parts.margin for parts in memory.gpu.values())
     activations = activations_of(shape, layout, 1.0)
     found = measurement(
-        8, saved_bytes=activations.kept + activations.head_logits, peak_bytes=counted + 2 * GB,
+        8, saved_bytes=activations.kept + activations.loss_kept, peak_bytes=counted + 2 * GB,
         reserved_bytes=round((counted + 2 * GB) * 1.1), device_bytes=7 * GB // 10,
     )  # fmt: skip
     measured = measured_of(question, layout, "none", [found])

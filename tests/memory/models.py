@@ -24,8 +24,8 @@ from qwen_dist.activations import element_bytes
 from qwen_dist.config import Method
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape
-from qwen_dist.train.loss import summed_cross_entropy
 from qwen_dist.train.model.lora import add_adapters
+from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.recompute import recompute_layers
 
 
@@ -91,6 +91,7 @@ def model_of(shape: ModelShape, layout: Layout) -> torch.nn.Module:
         if layout.method != "full":
             model = add_adapters(model, Method(kind="lora", rank=layout.rank, targets=layout.targets), 0)
             model.to(dtype)  # as they are beside real weights; peft leaves those beside meta ones as made, in fp32
+    add_losses(model)
     recompute_layers(model, layout.recomputed_layers)
     return model.train()
 
@@ -163,16 +164,16 @@ def count(shape: ModelShape, layout: Layout, num_trained: int) -> Counted:
     allocated = _Allocated(known)
     with allocated:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits_1NV = model(
+            loss, _ = model(
                 input_ids=ids_1T,
                 position_ids=positions_1T,
                 attention_mask=mask,
                 use_cache=False,
-                logits_to_keep=positions_N,
-            ).logits
-            loss = summed_cross_entropy(logits_1NV[0], targets_N, weights_N)
+                positions_N=positions_N,
+                targets_N=targets_N,
+                weights_N=weights_N,
+            )
         kept_bytes = sum(storage.nbytes() for key, storage in kept.items() if allocated.sizes.get(key, 0))
-        del logits_1NV
         kept.clear()
         forward_peak, allocated.peak = allocated.peak, 0
         loss.backward()

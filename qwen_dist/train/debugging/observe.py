@@ -1,6 +1,6 @@
 """What goes through a model in one micro-batch, seen by hooks: shapes, sizes of values, the loss of each sample.
 
-Shapes: T tokens of the micro-batch, N supervised tokens in it, S samples of it, V vocabulary.
+Shapes: T tokens of the micro-batch, N supervised tokens in it, S samples of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from qwen_dist.data.batches import MicroBatch
 from qwen_dist.train.debugging.parts import named_stages
-from qwen_dist.train.loss import CHUNK_ROWS, supervised_positions
+from qwen_dist.train.loss import supervised_positions
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class Observer:
         def look(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             if not self._is_forward:
                 return
-            tensor = output[0] if isinstance(output, tuple) else output
+            has_losses = name == "lm_head" and isinstance(output, tuple)
+            tensor = output[1 if has_losses else 0] if isinstance(output, tuple) else output
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 return
             tensor = tensor.detach()
@@ -118,20 +119,16 @@ class Observer:
             largest = torch.linalg.vector_norm(tensor, math.inf, dtype=torch.float32)  # NaN where any value is
             dtype = str(tensor.dtype).removeprefix("torch.")
             self._seen.append((name, tensor.shape, dtype, rms, largest))
-            if name == "lm_head":
-                self._look_at_logits(tensor[0])
+            if has_losses:
+                self._look_at_losses(tensor)
 
         return look
 
-    def _look_at_logits(self, logits_NV: torch.Tensor) -> None:
-        """The loss of each token, before the loss function overwrites the logits with their gradient."""
+    def _look_at_losses(self, nll_N: torch.Tensor) -> None:
+        """The loss of each token, which the head gives out beside their sum: its logits exist in chunks only."""
         assert self._batch is not None
-        positions_N, targets_N, self._weight_N = supervised_positions(self._batch.labels_1T, self._batch.weights_1T)
-        losses = [
-            torch.nn.functional.cross_entropy(rows_CV.float(), targets_C.to(rows_CV.device), reduction="none")
-            for rows_CV, targets_C in zip(logits_NV.split(CHUNK_ROWS), targets_N.split(CHUNK_ROWS), strict=True)
-        ]
-        self._nll_N = torch.cat(losses).cpu()
+        positions_N, _, self._weight_N = supervised_positions(self._batch.labels_1T, self._batch.weights_1T)
+        self._nll_N = nll_N.cpu()
         self._sample_N = torch.searchsorted(self._batch.cu_seq_lens, positions_N, right=True) - 1
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,9 @@ from qwen_dist.train.debugging.view import JsonView, TextView, View
 from qwen_dist.train.engine import summed_loss
 from qwen_dist.train.model.attention import attention_in_force
 from qwen_dist.train.model.build import build_model, load_model_config
+from qwen_dist.train.model.kernels import use_kernels
 from qwen_dist.train.model.lora import add_adapters, unwrapped
+from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.packed import implementation_of
 from qwen_dist.train.model.recompute import save_activations
 from qwen_dist.train.world import World
@@ -171,7 +173,9 @@ def build(run: Run, weights: Weights, world: World) -> tuple[torch.nn.Module, st
             model = add_adapters(model, run.method, run.seed)
     base = unwrapped(model)
     base.set_attn_implementation(implementation_of(backend))
+    use_kernels(base, run.model, world.device.type)
     base.config.use_cache = False
+    add_losses(model)
     save_activations(model, run, world.device)
     return model.to(world.device).train(), backend, reason
 
