@@ -15,10 +15,11 @@ from qwen_dist.model_files import check_config
 from qwen_dist.train.faults import place
 from qwen_dist.train.gradients import drop_gradients
 from qwen_dist.train.faults.straggler import ForwardClock
-from qwen_dist.train.loss import summed_cross_entropy, supervised_positions
+from qwen_dist.train.loss import supervised_positions
 from qwen_dist.train.model.attention import attention_in_force, forward_arguments
 from qwen_dist.train.model.build import build_model, load_model_config
 from qwen_dist.train.model.lora import add_adapters
+from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.packed import implementation_of
 from qwen_dist.train.model.recompute import save_activations
 from qwen_dist.train.optim import make_optimizer
@@ -104,7 +105,7 @@ def summed_loss(model: torch.nn.Module, batch: MicroBatch, backend: str, device:
     """Weighted sum of the negative log-likelihoods of a micro-batch's supervised tokens, a scalar in fp32.
 
     Args:
-        model: the model, or the DeepSpeed engine around it.
+        model: a model of `add_losses`, or the DeepSpeed engine around it.
         backend: its attention backend.
     """
     # Found before the copy to the device: counting there would wait for it.
@@ -112,8 +113,8 @@ def summed_loss(model: torch.nn.Module, batch: MicroBatch, backend: str, device:
         tensor.to(device, non_blocking=True) for tensor in supervised_positions(batch.labels_1T, batch.weights_1T)
     )
     arguments = forward_arguments(batch.to(device), backend)
-    logits_1NV = model(**arguments, logits_to_keep=positions_N).logits
-    return summed_cross_entropy(logits_1NV[0], targets_N, weights_N)
+    nll_sum, _ = model(**arguments, positions_N=positions_N, targets_N=targets_N, weights_N=weights_N)
+    return nll_sum
 
 
 def make_engine(run: Run, ds_config: dict[str, Any], world: World, num_token_ids: int = 0) -> Engine:
@@ -142,6 +143,7 @@ def make_model(
     model: torch.nn.Module = build_model(run, ds_config, implementation_of(backend), world.device)
     if run.method.has_adapters:
         model = add_adapters(model, run.method, run.seed)
+    add_losses(model)
     save_activations(model, run, world.device)
     return model, backend, reason
 
