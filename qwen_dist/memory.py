@@ -39,7 +39,7 @@ class Parts:
         optimizer: fp32 master weights and two moments.
         buckets: buffers of communication, and of transfers to host memory and disk.
         activations: what forward keeps, and what backward makes.
-        logits: and the loss.
+        logits: of a chunk, and the gradients that the loss computes beside them.
         workspace: CUDA, cuBLAS, NCCL; on a host the processes themselves.
         margin: fragmentation.
     """
@@ -134,16 +134,15 @@ def _moments(states: States, activations: Activations) -> dict[str, Parts]:
         return Parts(weights or states.live_weights, gradients, states.optimizer, buckets, kept, logits)
 
     shards, resting = states.gradients, states.resting_gradients
-    # The head's gradient is made beside its logits'. Larger than a bucket, it is whole until it is reduced, which is
-    # when the final norm's is there: before any layer's backward.
-    head = parts(shards + states.whole_gradient, states.step_buckets, activations.kept, activations.head_logits)
-    loss = parts(shards, states.step_buckets, activations.kept, activations.logits)
+    # The head's gradient is made with the loss. Larger than a bucket, it is whole until it is reduced, which is when the
+    # final norm's is there: before any layer's backward.
+    loss = parts(shards, states.step_buckets, activations.kept, activations.loss)
     first = parts(shards + states.reduced_gradient, states.step_buckets, activations.final_norm)
     later = parts(shards + states.lasting_gradient, states.step_buckets, activations.backward)
     return {
         "load": Parts(weights=states.loading_weights, optimizer=states.loading_optimizer, buckets=states.buckets),
         "rest": parts(resting, states.buckets, weights=states.weights),
-        "loss": max(head, loss, key=_total),
+        "loss": loss,
         "backward": max(first, later, key=_total),
         "update": parts(shards + states.update_gradients, states.buckets, weights=states.weights),
         "save": parts(resting, states.buckets, weights=states.weights),
