@@ -17,6 +17,7 @@ Layout (`<output_dir>/<name>/`):
     wandb/              the W&B client's own files
     export/             the Hugging Face folder
     adapter/            the LoRA adapter alone, for peft
+    adapter_start.safetensors   what the adapters of method.init=pissa started with
 """
 
 from __future__ import annotations
@@ -97,6 +98,10 @@ class RunDir:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def adapter_start(self) -> Path:
+        return self.path / "adapter_start.safetensors"
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint after optimizer step `step`."""

@@ -12,6 +12,7 @@ from qwen_dist.config import Run
 from qwen_dist.data.batches import MicroBatch
 from qwen_dist.log import get_logger
 from qwen_dist.model_files import check_config
+from qwen_dist.run_dir import RunDir
 from qwen_dist.train.faults import place
 from qwen_dist.train.gradients import drop_gradients
 from qwen_dist.train.faults.straggler import ForwardClock
@@ -21,8 +22,9 @@ from qwen_dist.train.model.build import build_model, load_model_config
 from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.packed import implementation_of
+from qwen_dist.train.model.pissa import start_from_singular_values
 from qwen_dist.train.model.recompute import save_activations
-from qwen_dist.train.optim import make_optimizer
+from qwen_dist.train.optim import LR_FACTOR, make_optimizer
 from qwen_dist.train.world import World
 
 
@@ -82,7 +84,7 @@ class Engine:
         the dropped gradient is left for the next step.
         """
         for group in self.ds_engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get(LR_FACTOR, 1.0)
         self.ds_engine.step()
         if not self.ds_engine.was_step_applied():
             drop_gradients(self.ds_engine)
@@ -117,15 +119,17 @@ def summed_loss(model: torch.nn.Module, batch: MicroBatch, backend: str, device:
     return nll_sum
 
 
-def make_engine(run: Run, ds_config: dict[str, Any], world: World, num_token_ids: int = 0) -> Engine:
+def make_engine(
+    run: Run, ds_config: dict[str, Any], world: World, num_token_ids: int = 0, run_dir: RunDir | None = None
+) -> Engine:
     """Build the run's model and hand it to DeepSpeed: `make_model`, then `start_engine`."""
-    model, backend, reason = make_model(run, ds_config, world, num_token_ids)
+    model, backend, reason = make_model(run, ds_config, world, num_token_ids, run_dir)
     get_logger().info("attention %s (%s)", backend, reason)
     return start_engine(run, ds_config, world, model, backend)
 
 
 def make_model(
-    run: Run, ds_config: dict[str, Any], world: World, num_token_ids: int = 0
+    run: Run, ds_config: dict[str, Any], world: World, num_token_ids: int = 0, run_dir: RunDir | None = None
 ) -> tuple[torch.nn.Module, str, str]:
     """The model that is trained, with its adapters; its attention backend, and why that one.
 
@@ -134,6 +138,7 @@ def make_model(
         ds_config: the complete DeepSpeed config of the run directory.
         world: the processes.
         num_token_ids: one more than the tokenizer's largest id; the embedding must have as many rows.
+        run_dir: where adapters of method.init=pissa find, or leave, what they start with; None: they start anew.
 
     Raises:
         UserError: a model that we do not train, or that does not fit the tokenizer.
@@ -142,7 +147,9 @@ def make_model(
     backend, reason = attention_in_force(run.model.attention, world.device.type, run.model.precision)
     model: torch.nn.Module = build_model(run, ds_config, implementation_of(backend), world.device)
     if run.method.has_adapters:
-        model = add_adapters(model, run.method, run.seed)
+        model = add_adapters(model, run.method, run.seed, ds_config)
+        if run.method.init == "pissa":
+            start_from_singular_values(model, run.seed, world.device, run_dir)
     add_losses(model)
     save_activations(model, run, world.device)
     return model, backend, reason
@@ -150,7 +157,7 @@ def make_model(
 
 def start_engine(run: Run, ds_config: dict[str, Any], world: World, model: torch.nn.Module, backend: str) -> Engine:
     """Hand a model of `make_model` and its optimizer to DeepSpeed."""
-    optimizer = make_optimizer(model, run.optim)
+    optimizer = make_optimizer(model, run.optim, run.method.lr_ratio_b)
     ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     ds_engine.train()
     return Engine(ds_engine, backend, world)

@@ -166,7 +166,7 @@ def run_attempt(
 
     watchdog.plan = plan = plan_run(run, data, held_out, count_windows=world.count_together)
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
-    engine = make_engine(run, ds_config, world, tokenizer.num_ids)
+    engine = make_engine(run, ds_config, world, tokenizer.num_ids, run_dir)
     start = state = start_or_resume(engine, run_dir, run, data.fingerprint)
     progress["step"] = state.step
     reporter = Reporter(run, run_dir, record["wandb_id"], state.step, plan.num_steps) if world.is_main else None

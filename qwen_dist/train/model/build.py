@@ -63,7 +63,7 @@ def build_model(
     if run.method.kind == "qlora":
         require_quantizable(run, config.to_dict().get("num_experts") or 0)
         require_bitsandbytes()
-    with _sharded_creation(ds_config):
+    with sharded_creation(ds_config):
         if run.from_config_only:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
             init_weights(model, run.seed)
@@ -116,8 +116,8 @@ def whole_parameters(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sharded_creation(ds_config: dict[str, Any] | None) -> Iterator[None]:
-    """Under ZeRO-3, tell transformers to create and load the model through `deepspeed.zero.Init`.
+def sharded_creation(ds_config: dict[str, Any] | None) -> Iterator[None]:
+    """Under ZeRO-3, tell transformers to create and load the model by `deepspeed.zero.Init`, and peft to gather it.
 
     transformers holds the object by a weak reference and reads it in `from_pretrained` and `from_config`
     (transformers 5.23, `integrations/deepspeed.py`); rank 0 alone reads the files.

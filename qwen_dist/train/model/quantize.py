@@ -18,16 +18,19 @@ from qwen_dist.errors import EnvironmentNotReady
 BLOCK_SIZE = 64
 
 
-def require_bitsandbytes() -> None:
+def require_bitsandbytes(setting: str = "method.kind=qlora", instead: str = "method.kind=lora") -> None:
     """Refuse to quantize without the package.
+
+    Args:
+        setting: what needs it. instead: what does without.
 
     Raises:
         EnvironmentNotReady: bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise EnvironmentNotReady(
-            "method.kind=qlora needs the package bitsandbytes; install it with pip install 'qwen-dist[quant]', or set "
-            "method.kind=lora."
+            f"{setting} needs the package bitsandbytes; install it with pip install 'qwen-dist[quant]', or set "
+            f"{instead}."
         )
 
 
