@@ -29,7 +29,6 @@ def _drop_stage_2(optimizer: Any) -> None:
     if optimizer.cpu_offload:
         optimizer.reset_cpu_buffers()
         optimizer._offload_accumulated_param_ids = set()
-    # With an offloaded optimizer DeepSpeed leaves these sums behind: a NaN in them would refuse every later step, too.
     for number in optimizer.averaged_gradients:
         optimizer.averaged_gradients[number] = None
     for number in optimizer.all_grad_tensors:

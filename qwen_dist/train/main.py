@@ -38,6 +38,8 @@ from qwen_dist.train.loop import train
 from qwen_dist.train.orphan import kill_children
 from qwen_dist.train.ranks import rank_environment
 from qwen_dist.train.signals import StopRequest
+from qwen_dist.train.startup.mock_step import mock_step
+from qwen_dist.train.startup.self_test import self_test
 from qwen_dist.train.world import exit_at_once, start_world
 
 # How long a rank with a user error waits for rank 0 to tell of it: ranks start seconds apart on a busy machine.
@@ -134,9 +136,7 @@ def told_by_rank_0(run_dir: RunDir) -> bool:
     return False
 
 
-def run_attempt(
-    run_dir: RunDir, stop: StopRequest, progress: dict[str, int], watchdog: Watchdog
-) -> tuple[State, int]:
+def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], watchdog: Watchdog) -> tuple[State, int]:
     """Train from the newest checkpoint, or from the start.
 
     Args:
@@ -166,9 +166,13 @@ def run_attempt(
 
     watchdog.plan = plan = plan_run(run, data, held_out, count_windows=world.count_together)
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
+    if run.faults.self_test:
+        self_test(run, ds_config, world)
     engine = make_engine(run, ds_config, world, tokenizer.num_ids, run_dir)
     start = state = start_or_resume(engine, run_dir, run, data.fingerprint)
     progress["step"] = state.step
+    if run.faults.mock_step and state.step < plan.num_steps:
+        mock_step(engine, plan, run, state.step + 1)
     reporter = Reporter(run, run_dir, record["wandb_id"], state.step, plan.num_steps) if world.is_main else None
     job = Job(
         run=run,

@@ -54,6 +54,7 @@ def write_run_file(folder: Path, name: str, model_config: dict | None = None, **
         "length": {"epochs": 9, "max_steps": 10},
         "checkpoint": {"every_steps": 3, "keep": 9},
         "cluster": {"device": "cpu", "gpus_per_node": 2},
+        "faults": {"self_test": False, "mock_step": False},  # seconds of every run; test_startup.py has them
     }
     for section, values in sections.items():
         run[section] = {**run.get(section, {}), **values}

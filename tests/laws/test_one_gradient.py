@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-WORKER = Path(__file__).parents[1] / "distributed" / "gradient_worker.py"
+from tests.distributed.gradient_jobs import run_jobs
+
 MODEL = {
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 64, "hidden_size": 32,
     "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -40,145 +40,150 @@ def config(folder: Path, packs: list[list[int]], **changes: object) -> dict:
         "zero": {"stage": 2},
     }
     for key, value in changes.items():
+        if key == "model__path":
+            value = str(folder / f"{value}.json")
         section, _, name = key.partition("__")
         run[section] = {**run.get(section, {}), name: value} if name else value
     return run
 
 
+LORA = {"kind": "lora", "rank": 4, "alpha": 8}
+RECOMPUTE, ONE_LAYER = {"model__activation_checkpointing": True}, {"model__activation_checkpointing": 1}
+TWO_AT_ONCE = {"batch__packs_per_micro_batch": 2}
+BF16 = {"model__precision": "bf16"}
+MODELS = {
+    "tied": MODEL | {"tie_word_embeddings": True},
+    "qwen2": QWEN2,
+    "moe": MOE,
+}
+# What can be combined: method x (stage, offload), each with 1, 2 and 4 processes.
+METHODS = {"full": {}, "lora": {"method": LORA}}
+ENGINES = {
+    f"zero-{stage} {offload}": {"zero__stage": stage, "zero__offload": offload}
+    for stage, offload in ((2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "all"))
+}
+ZERO_2, ZERO_3 = ENGINES["zero-2 none"], ENGINES["zero-3 none"]
+
+# name -> (packs, changes); the first word names its reference.
+Ways = dict[str, tuple[list[list[int]], dict[str, Any]]]
+
+
+def references() -> Ways:
+    """One sample a pack in one process, unsharded; of the full one, plain torch's gradient is known as well."""
+    return {
+        "full reference": (ONE_A_PACK, {}),
+        "weighted reference": (ONE_A_PACK, {}),
+        "lora reference": (ONE_A_PACK, METHODS["lora"]),
+        **{f"{name} reference": (ONE_A_PACK, {"model__path": name}) for name in MODELS},
+    }
+
+
+def matrix(num_processes: int) -> Ways:
+    """Every method with every engine. Accumulation is 2 or more, but for the uneven packs with 4 processes."""
+    found: Ways = {}
+    for method, of_method in METHODS.items():
+        for number, (engine, of_engine) in enumerate(ENGINES.items()):
+            packs = UNEVEN_WITH_EMPTY if number % 2 else ONE_A_PACK
+            found[f"{method}, {engine}, {num_processes} processes"] = (packs, {**of_method, **of_engine})
+    return found
+
+
+def other_ways() -> Ways:
+    """With two processes: packing, several packs at once, recomputed layers, weights, other models."""
+    ways: Ways = {
+        "full packed": (TWO_A_PACK, ZERO_2),
+        "full packed zero-3 recompute": (TWO_A_PACK, ZERO_3 | RECOMPUTE),
+        "full, one rank has nothing": (ALL_IN_ONE_AND_EMPTY, ZERO_2),
+        "full, one rank has nothing, zero-3": (ALL_IN_ONE_AND_EMPTY, ZERO_3),
+        "full, two packs at once": (UNEVEN_WITH_EMPTY, ZERO_2 | TWO_AT_ONCE),
+        "full, zero-3 one layer recomputed": (TWO_A_PACK, ZERO_3 | ONE_LAYER | TWO_AT_ONCE),
+        "lora packed recompute": (TWO_A_PACK, METHODS["lora"] | RECOMPUTE),
+        "lora, zero-3 one layer recomputed": (TWO_A_PACK, METHODS["lora"] | ZERO_3 | ONE_LAYER),
+        "weighted packed": (ALL_IN_ONE_AND_EMPTY, ZERO_2),
+        "weighted uneven": (UNEVEN_WITH_EMPTY, ZERO_2 | TWO_AT_ONCE),
+        "weighted zero-3": (TWO_A_PACK, ZERO_3 | RECOMPUTE),
+    }
+    for name in MODELS:
+        ways[f"{name} zero-2"] = (UNEVEN_WITH_EMPTY, ZERO_2 | {"model__path": name})
+        ways[f"{name} zero-3"] = (UNEVEN_WITH_EMPTY, ZERO_3 | {"model__path": name} | RECOMPUTE)
+    return ways
+
+
+def in_bf16() -> Ways:
+    """DeepSpeed sums bf16 gradients on other paths than fp32 ones, and those of offload on yet others."""
+    return {f"bf16, {engine}": (ONE_A_PACK, BF16 | of_engine) for engine, of_engine in ENGINES.items()}
+
+
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """Every way to take the step, by name: its loss, gradients, gradient norm and new weights."""
+    """Every way to take the step, by name: its loss, gradients, gradient norm, new weights and collectives."""
     folder = tmp_path_factory.mktemp("gradient")
     (folder / "config.json").write_text(json.dumps(MODEL))
-    (folder / "tied.json").write_text(json.dumps(MODEL | {"tie_word_embeddings": True}))
-    (folder / "qwen2.json").write_text(json.dumps(QWEN2))
-    (folder / "moe.json").write_text(json.dumps(MOE))
-    tied, qwen2, moe = ({"model__path": str(folder / f"{name}.json")} for name in ("tied", "qwen2", "moe"))
-    lora = {"kind": "lora", "rank": 4, "alpha": 8}
-    recompute = {"model__activation_checkpointing": True}
-    one_process = {
-        "reference": (ONE_A_PACK, {}),
-        "packed": (TWO_A_PACK, {}),
-        "one pack and an empty one": (ALL_IN_ONE_AND_EMPTY, {}),
-        "zero-3": (TWO_A_PACK, {"zero__stage": 3}),
-        "recompute": (TWO_A_PACK, recompute),
-        "weighted reference": (ONE_A_PACK, {}),
-        "weighted packed": (ALL_IN_ONE_AND_EMPTY, {}),
-        "lora reference": (ONE_A_PACK, {"method": lora}),
-        "tied reference": (ONE_A_PACK, tied),
-        "qwen2 reference": (ONE_A_PACK, qwen2),
-        "moe reference": (ONE_A_PACK, moe),
-    }
-    two_processes = {
-        "2 processes": (ONE_A_PACK, {}),
-        "2 processes packed": (TWO_A_PACK, {}),
-        "2 processes uneven": (UNEVEN_WITH_EMPTY, {}),
-        "2 processes, one empty": (ALL_IN_ONE_AND_EMPTY, {}),
-        "2 processes zero-3": (TWO_A_PACK, {"zero__stage": 3}),
-        "2 processes zero-3 uneven": (UNEVEN_WITH_EMPTY, {"zero__stage": 3}),
-        "2 processes zero-3 recompute": (TWO_A_PACK, {"zero__stage": 3, **recompute}),
-        "weighted 2 processes": (UNEVEN_WITH_EMPTY, {}),
-        "weighted 2 processes zero-3": (TWO_A_PACK, {"zero__stage": 3, **recompute}),
-        "tied 2 processes": (UNEVEN_WITH_EMPTY, tied),
-        "tied 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"zero__stage": 3, **tied}),
-        "qwen2 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"zero__stage": 3, **qwen2}),
-        "moe 2 processes": (UNEVEN_WITH_EMPTY, moe),
-        "moe 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"zero__stage": 3, **moe, **recompute}),
-        "lora 2 processes": (UNEVEN_WITH_EMPTY, {"method": lora}),
-        "lora 2 processes recompute": (TWO_A_PACK, {"method": lora, **recompute}),
-        "lora 2 processes zero-3": (UNEVEN_WITH_EMPTY, {"method": lora, "zero__stage": 3, **recompute}),
-    }
-    two_at_once, one_layer = {"batch__packs_per_micro_batch": 2}, {"model__activation_checkpointing": 1}
-    two_processes |= {
-        "2 processes two packs at once": (ONE_A_PACK, two_at_once),
-        "2 processes uneven, two packs at once": (UNEVEN_WITH_EMPTY, two_at_once),
-        "2 processes zero-3 one layer recomputed": (TWO_A_PACK, {"zero__stage": 3, **one_layer, **two_at_once}),
-        "lora 2 processes zero-3 one layer recomputed": (TWO_A_PACK, {"method": lora, "zero__stage": 3, **one_layer}),
-        "weighted 2 processes two packs at once": (UNEVEN_WITH_EMPTY, two_at_once),
-    }
-    # Four micro-batches a process.
-    offload = {"zero__offload": "optimizer"}
-    offload_all = {"zero__offload": "all", "zero__stage": 3}
-    bf16 = {"model__precision": "bf16"}
-    two_processes |= {
-        "2 processes offload": (ONE_A_PACK, offload),
-        "2 processes zero-3 offload": (ONE_A_PACK, {"zero__stage": 3, **offload}),
-        "2 processes zero-3 offload all": (ONE_A_PACK, offload_all),
-        "lora 2 processes offload": (ONE_A_PACK, {"method": lora, **offload}),
-        "lora 2 processes zero-3 offload all": (ONE_A_PACK, {"method": lora, **offload_all, **recompute}),
-        "bf16 zero-2": (ONE_A_PACK, bf16),
-        "bf16 zero-2 offload": (ONE_A_PACK, bf16 | offload),
-        "bf16 zero-3": (ONE_A_PACK, bf16 | {"zero__stage": 3}),
-        "bf16 zero-3 offload": (ONE_A_PACK, bf16 | {"zero__stage": 3} | offload),
-        "bf16 zero-3 offload all": (ONE_A_PACK, bf16 | offload_all),
-    }
-    return run_steps(folder, one_process, 1) | run_steps(folder, two_processes, 2)
-
-
-def run_steps(folder: Path, ways: dict, num_processes: int) -> dict[str, dict]:
-    specs = [
+    for name, model in MODELS.items():
+        (folder / f"{name}.json").write_text(json.dumps(model))
+    return run_steps(
+        folder,
         {
-            "config": config(folder, packs, **changes),
-            "packs": packs,
-            "has_weights": name.startswith("weighted"),
-            "out": str(folder / f"{name}.pt"),
-        }
-        for name, (packs, changes) in ways.items()
-    ]
-    spec_file = folder / f"specs_{num_processes}.json"
-    spec_file.write_text(json.dumps(specs))
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", str(num_processes)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*(runner if num_processes > 1 else [sys.executable]), str(WORKER), str(spec_file)],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ways}
+            1: references() | matrix(1),
+            2: matrix(2) | other_ways() | in_bf16(),
+            4: matrix(4),
+        },
+    )
 
 
-FULL = [
-    "packed", "one pack and an empty one", "zero-3", "recompute", "2 processes", "2 processes packed",
-    "2 processes uneven", "2 processes, one empty", "2 processes zero-3", "2 processes zero-3 uneven",
-    "2 processes zero-3 recompute", "2 processes two packs at once", "2 processes uneven, two packs at once",
-    "2 processes zero-3 one layer recomputed",
-]  # fmt: skip
-OTHER_MODELS = [
-    "tied 2 processes", "tied 2 processes zero-3", "qwen2 2 processes zero-3", "moe 2 processes",
-    "moe 2 processes zero-3",
-]  # fmt: skip
-OFFLOAD = ["2 processes offload", "2 processes zero-3 offload", "2 processes zero-3 offload all"]
-BF16_OFFLOAD = ["bf16 zero-2 offload", "bf16 zero-3 offload", "bf16 zero-3 offload all"]
-WEIGHTED = [
-    "weighted packed", "weighted 2 processes", "weighted 2 processes zero-3", "weighted 2 processes two packs at once",
-]  # fmt: skip
-LORA = [
-    "lora 2 processes", "lora 2 processes recompute", "lora 2 processes zero-3", "lora 2 processes offload",
-    "lora 2 processes zero-3 offload all", "lora 2 processes zero-3 one layer recomputed",
-]  # fmt: skip
+def run_steps(folder: Path, ways: dict[int, Ways]) -> dict[str, dict]:
+    jobs = {
+        num_processes: [
+            {
+                "kind": "step",
+                "name": name,
+                "config": config(folder, packs, **changes),
+                "packs": packs,
+                "has_weights": name.startswith("weighted"),
+                "out": str(folder / f"{name}.pt"),
+            }
+            for name, (packs, changes) in of_world.items()
+        ]
+        for num_processes, of_world in ways.items()
+    }
+    run_jobs(folder, jobs)
+    return {
+        name: torch.load(folder / f"{name}.pt", weights_only=True) for of_world in ways.values() for name in of_world
+    }
 
 
-@pytest.mark.parametrize("name", FULL + OFFLOAD)
+@pytest.mark.parametrize("name", [*matrix(1), *matrix(2), *matrix(4), *other_ways()])
 def test_the_gradient_does_not_depend_on_how_the_step_is_computed(steps: dict[str, dict], name: str) -> None:
-    assert_same_step(steps[name], steps["reference"])
+    reference = re.split("[ ,]", name)[0]
+    assert_same_step(steps[name], steps[f"{reference} reference"])
 
 
-@pytest.mark.parametrize("name", OTHER_MODELS + LORA + WEIGHTED)
-def test_nor_with_other_models_nor_of_adapters_nor_of_weighted_tokens(steps: dict[str, dict], name: str) -> None:
-    assert_same_step(steps[name], steps[f"{name.split()[0]} reference"])
+@pytest.mark.parametrize("name", in_bf16())
+def test_in_bf16_it_is_the_same_but_for_its_8_bits(steps: dict[str, dict], name: str) -> None:
+    found, expected = steps[name], steps["full reference"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+    for parameter, gradient in expected["gradients"].items():
+        assert relative(found["gradients"][parameter], gradient) < 0.1, parameter
 
 
-@pytest.mark.parametrize("name", BF16_OFFLOAD)
+@pytest.mark.parametrize("name", [name for name in in_bf16() if "none" not in name])
 def test_in_bf16_offload_changes_nothing(steps: dict[str, dict], name: str) -> None:
-    """DeepSpeed sums bf16 gradients on other paths than fp32 ones, and those of offload on yet others."""
-    assert_same_step(steps[name], steps[name.partition(" offload")[0]])
+    assert_same_step(steps[name], steps[f"{name.rpartition(' ')[0]} none"])
+
+
+@pytest.mark.parametrize("name", [*matrix(2), *matrix(4), *other_ways(), *in_bf16()])
+def test_every_rank_makes_as_many_collectives(steps: dict[str, dict], name: str) -> None:
+    """Also one that has nothing to learn: a rank that waits alone waits until the timeout."""
+    of_ranks = steps[name]["collectives"]
+    assert len(of_ranks) in (2, 4) and sum(of_ranks[0]) > 0
+    assert all(of_rank == of_ranks[0] for of_rank in of_ranks)
 
 
 def assert_same_step(step: dict, reference: dict) -> None:
     assert step["loss"] == pytest.approx(reference["loss"], rel=1e-6)
     assert step["gradients"].keys() == reference["gradients"].keys()
     for name, expected in reference["gradients"].items():
-        difference = (step["gradients"][name] - expected).norm() / expected.norm().clamp(min=1e-12)
+        difference = relative(step["gradients"][name], expected)
         assert difference < 1e-5, f"{name}: relative difference {difference:.1e}"
     assert step["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
     # Adam divides by |gradient|: where a gradient is almost nothing its rounding shows, so weights compare absolutely.
@@ -186,14 +191,16 @@ def assert_same_step(step: dict, reference: dict) -> None:
         assert torch.allclose(step["weights"][name], expected, atol=2e-3), name
 
 
-@pytest.mark.parametrize("name", ["reference", "weighted reference"])
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+@pytest.mark.parametrize("name", ["full reference", "weighted reference"])
 def test_the_reference_gradient_is_that_of_plain_torch(steps: dict[str, dict], tmp_path: Path, name: str) -> None:
     """One sample at a time, no packing, no DeepSpeed: the weighted mean over tokens, by torch's own loss."""
-    sys.path.insert(0, str(WORKER.parent))
-    from gradient_worker import NumberedSamples
-
     from qwen_dist.config import Run
     from qwen_dist.train.model.build import build_model
+    from tests.distributed.gradient_worker import NumberedSamples
 
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     model = build_model(Run.model_validate(config(tmp_path, ONE_A_PACK)))
