@@ -8,7 +8,7 @@ holds them to real engines, and the activations to the tensors that autograd kee
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from qwen_dist.activations import Activations, activations_of, element_bytes
@@ -27,6 +27,7 @@ FRAGMENTATION = 0.04
 # Python, torch, CUDA's libraries, DeepSpeed: host memory of one process.
 PROCESS_BYTES = 4 * GB
 FP32, FP64 = 4, 8
+SAVED_BYTES = FP32 + MOMENTS_BYTES  # of a trained parameter in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,13 @@ class Memory:
         gpu: moment -> parts, of the GPU that holds most: "load", "rest", "loss", "backward", "update", "save".
         hosts: moment -> parts, of the machine that holds most: "load", "train", "save", "export".
         disk: bytes on disk.
+        copy: what a machine's processes copy to host memory to save beside training; 0 where states lie on a disk.
     """
 
     gpu: Mapping[str, Parts]
     hosts: Mapping[str, Parts]
     disk: Disk
+    copy: int
     _steps: tuple[str, ...] = field(default=("rest", "loss", "backward", "update", "save"), repr=False)
 
     @property
@@ -105,6 +108,11 @@ class Memory:
     def peak(self) -> int:
         """Most bytes on a GPU."""
         return self.gpu[self.peak_moment].total
+
+    def with_copy(self) -> Memory:
+        """The same when checkpoints are written beside training."""
+        save = self.hosts["save"]
+        return replace(self, hosts={**self.hosts, "save": replace(save, buckets=save.buckets + self.copy)})
 
     @property
     def host(self) -> int:
@@ -124,7 +132,9 @@ def memory_of(shape: ModelShape, layout: Layout, supervised_share: float = 1.0, 
     states = states_of(shape, layout)
     activations = activations_of(shape, layout, supervised_share, is_flash)
     gpu = {moment: _with_overhead(layout, parts) for moment, parts in _moments(states, activations).items()}
-    return Memory(MappingProxyType(gpu), MappingProxyType(_hosts(shape, layout, states)), _disk(shape, layout, states))
+    hosts = MappingProxyType(_hosts(shape, layout, states))
+    copy = 0 if layout.on_nvme else layout.gpus_per_node * SAVED_BYTES * states.shard_elements
+    return Memory(MappingProxyType(gpu), hosts, _disk(shape, layout, states), copy)
 
 
 def _moments(states: States, activations: Activations) -> dict[str, Parts]:
@@ -174,23 +184,20 @@ def _hosts(shape: ModelShape, layout: Layout, states: States) -> dict[str, Parts
     # ZeRO-3: rank 0 reads the whole model (`load_state_dict`, transformers 5.23), each rank its shard once more to
     # make it contiguous (`defragment`, zero/utils.py). ZeRO-2 reads straight onto the GPU.
     reading = whole + processes * states.shard_bytes if layout.stage == 3 else 0
-    # Saving copies one storage at a time to the host: a rank's largest, and of ZeRO-2's rank 0 the weights.
-    saving = (processes - 1) * states.largest_saved + max(states.largest_saved, states.module_bytes)
     merged = FP32 * shape.num_parameters if layout.method == "full" and layout.stage == 2 else 0
     adapters = 2 * FP32 * states.trained_parameters if layout.method != "full" else 0
     return {
         "load": Parts(**(train.as_dict() | {"weights": train.weights + reading})),
         "train": train,
-        "save": Parts(**(train.as_dict() | {"buckets": train.buckets + saving})),
+        "save": train,
         "export": Parts(weights=whole + merged + adapters, workspace=PROCESS_BYTES),
     }
 
 
 def _disk(shape: ModelShape, layout: Layout, states: States) -> Disk:
     element, is_full = element_bytes(layout), layout.method == "full"
-    per_rank = (FP32 + MOMENTS_BYTES) * states.shard_elements
     return Disk(
-        checkpoint=states.module_bytes + layout.world_size * per_rank,
+        checkpoint=SAVED_BYTES * states.trained_parameters,
         export=element * shape.num_parameters,
         adapter=0 if is_full else FP32 * states.trained_parameters,
         offloaded=layout.gpus_per_node * states.disk_bytes,

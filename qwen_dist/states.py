@@ -37,7 +37,6 @@ class States:
         loading_weights, loading_optimizer: most while DeepSpeed takes the model over.
         host_...: in host memory. disk_bytes: on NVMe.
         shard_elements: S, padded. shard_bytes: of all its weights in ZeRO-3. trained_parameters: over all ranks.
-        module_bytes: weights in a checkpoint, outside of the ranks' own files. largest_saved: storage in those.
     """
 
     weights: int
@@ -61,8 +60,6 @@ class States:
     shard_elements: int
     shard_bytes: int
     trained_parameters: int
-    module_bytes: int
-    largest_saved: int
 
 
 @dataclass(frozen=True)
@@ -155,8 +152,6 @@ def _zero2(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
         shard_elements=shard,
         shard_bytes=weights,
         trained_parameters=total(tensors.trained),
-        module_bytes=flat,
-        largest_saved=0 if is_offloaded else FP32 * shard,
     )
 
 
@@ -211,8 +206,6 @@ def _zero3(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
         shard_elements=shard,
         shard_bytes=element * (shard + frozen),
         trained_parameters=total(tensors.trained),
-        module_bytes=0,
-        largest_saved=0 if is_offloaded else FP32 * group,
     )
 
 

@@ -169,6 +169,7 @@ def evaluated(question: Question, layout: Layout) -> Option:
     memory = _memory_of(question.shape, layout, 1.0, question.is_flash)  # a pack may be trained on as a whole
     if question.measured is not None:
         memory = corrected(memory, question.measured)
+    memory = with_background_saves(question, memory)
     time = None
     if question.hardware.gpu is not None or question.measured is not None:
         time = step_time(question.shape, layout, question.hardware, work_of(question, layout), question.measured)
@@ -182,6 +183,14 @@ def work_of(question: Question, layout: Layout) -> Work:
     masked = 2 * layout.packs_per_micro_batch * question.pack_tokens
     attended = question.sample_tokens if question.is_flash else masked
     return Work(accumulation, question.pack_tokens, attended, question.supervised_share)
+
+
+def with_background_saves(question: Question, memory: Memory) -> Memory:
+    """`memory` with the copy that saving beside training takes; where `auto` finds no room for it, none is made."""
+    setting = question.run.checkpoint.in_background
+    copied = memory.with_copy()
+    is_made = setting is True or (setting == "auto" and copied.host <= question.hardware.host_memory_bytes)
+    return copied if is_made else memory
 
 
 _memory_of = lru_cache(maxsize=4096)(memory_of)  # asked again for alternatives, and once the data is counted

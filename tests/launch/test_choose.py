@@ -23,7 +23,7 @@ from launch.plan.choose import (
     options,
 )
 from launch.plan.unfit import refusal
-from qwen_dist.config import Batch, Data, Method, Model, Run, Source, Zero
+from qwen_dist.config import Batch, Checkpoint, Data, Method, Model, Run, Source, Zero
 from qwen_dist.hardware import GB, GPUS, Hardware, Measured, gpu_named
 from qwen_dist.layout import Layout
 from qwen_dist.memory import Parts, memory_of
@@ -275,8 +275,25 @@ def test_a_refusal_is_one_sentence(question):
 
 def test_too_little_host_memory_is_told_by_the_layout_that_needs_least_of_it():
     sentence = said(ask(gpus=8, host_gb=25))
-    assert "the host needs 92 GB of 25 at the least" in sentence
-    assert "machines with 92 GB of memory (cluster.host_memory_gb)" in sentence
+    assert "the host needs 32 GB of 25 at the least" in sentence
+    assert "machines with 32 GB of memory (cluster.host_memory_gb)" in sentence
+
+
+def test_a_copy_for_saving_counts_where_it_is_made():
+    question = ask(gpus=8, host_gb=400)
+    copy = 12 * question.shape.num_parameters
+
+    def save_bytes(in_background, host_gb):
+        asked = ask(gpus=8, host_gb=host_gb)
+        run = asked.run.model_copy(update={"checkpoint": Checkpoint(in_background=in_background)})
+        hosts = choose(replace(asked, run=run)).chosen.memory.hosts
+        return hosts["save"].total - hosts["train"].total
+
+    assert save_bytes("auto", 400) == pytest.approx(copy, rel=0.01)
+    assert save_bytes("auto", 150) == save_bytes(False, 400) == 0
+    assert choose(question) is not None
+    run = question.run.model_copy(update={"checkpoint": Checkpoint(in_background=True)})
+    assert choose(replace(ask(gpus=8, host_gb=150), run=run)) is None
 
 
 def test_what_the_run_file_takes_leaves_something_to_choose():

@@ -248,15 +248,15 @@ def test_the_lead_is_four_saves_and_a_step(tmp_path):
 
 
 def model_run(**cluster) -> Run:
-    """A run of a model whose size is known: 207 GB a checkpoint."""
+    """A run of a model whose size is known: 177 GB a checkpoint."""
     return make_run(**cluster).model_copy(update={"model": Model(path="Qwen/Qwen3-14B")})
 
 
 def test_the_lead_of_a_first_job_is_by_the_checkpoint_s_size(tmp_path):
     run_dir = RunDir(tmp_path)
     on_one, on_four = (stop_lead_s(model_run(nodes=nodes), run_dir) for nodes in (1, 4))
-    assert on_one == pytest.approx(4 * 207, rel=0.02)
-    assert on_four == pytest.approx(207, rel=0.02)
+    assert on_one == pytest.approx(4 * 177, rel=0.02)
+    assert on_four == pytest.approx(177, rel=0.02)
     assert stop_lead_s(model_run(time="00:20:00"), run_dir) == 300  # a guess takes a quarter of the time at most
     assert stop_lead_s(model_run(time="00:05:00"), run_dir) == 120
 

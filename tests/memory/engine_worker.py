@@ -21,10 +21,14 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
+from qwen_dist.train.checkpoint.reader import rank_file
+from qwen_dist.train.checkpoint.shard_file import write_shard
+from qwen_dist.train.checkpoint.states import about, collect
+from qwen_dist.train.engine import Engine
 from qwen_dist.train.model.build import build_model
 from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.optim import make_optimizer
-from qwen_dist.train.world import start_world
+from qwen_dist.train.world import World, start_world
 
 
 def weight(tensors: Iterable[Any]) -> int:
@@ -36,9 +40,9 @@ def weight(tensors: Iterable[Any]) -> int:
     return sum(storages.values())
 
 
-def weigh(run: Run, folder: Path) -> dict[str, int]:
+def weigh(run: Run, folder: Path, world: World) -> dict[str, int]:
     """What an engine of `run` holds on this rank in its third step: weights, gradients, masters, moments, gathered
-    elements at most; and the bytes of its checkpoint's files."""
+    elements at most; the bytes of its checkpoint's files, and what it copies to save."""
     ds_config = deepspeed_config(run, torch.distributed.get_world_size())
     model: torch.nn.Module = build_model(run, ds_config)
     if run.method.has_adapters:
@@ -53,11 +57,12 @@ def weigh(run: Run, folder: Path) -> dict[str, int]:
         found = gradients_of(engine.optimizer, run.zero_stage)
         engine.step()
     found |= states_of(engine, run.zero_stage) | {"gathered": max(gathered)}
-    engine.save_checkpoint(
-        str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=run.method.has_adapters
-    )
+    ours = Engine(engine, "sdpa", world)
+    found["copy"] = sum(piece.num_bytes for piece in collect(ours))
+    folder.mkdir(exist_ok=True)
+    write_shard(rank_file(folder, world.rank), collect(ours), about(ours))
     torch.distributed.barrier()
-    found["checkpoint"] = sum(path.stat().st_size for path in (folder / "engine").iterdir())
+    found["checkpoint"] = sum(path.stat().st_size for path in folder.iterdir())
     engine.destroy()
     return found
 
@@ -104,7 +109,7 @@ if __name__ == "__main__":
     world = start_world("cpu")
     found = {}
     for name, config in json.loads(runs_file.read_text()).items():
-        found[name] = weigh(Run.model_validate(config), out / name)
+        found[name] = weigh(Run.model_validate(config), out / name, world)
     (out / f"rank_{world.rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     sys.stdout.flush()

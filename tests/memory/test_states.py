@@ -135,12 +135,12 @@ def test_zero3_holds_two_layers_and_the_head_at_a_time() -> None:
 
 
 def test_files() -> None:
-    """A checkpoint: masters and moments, and of ZeRO-2 the weights; adapters alone where the rest is frozen."""
+    """A checkpoint: masters and moments, of whatever stage; adapters alone where the rest is frozen."""
     shape = KNOWN_SHAPES["qwen3-14b"]
-    assert memory_of(shape, replace(FULL, stage=2)).disk.checkpoint == pytest.approx(206.8e9, rel=0.01)
     assert memory_of(shape, FULL).disk.checkpoint == pytest.approx(177.2e9, rel=0.01)
+    assert memory_of(shape, replace(FULL, stage=2)).disk.checkpoint == memory_of(shape, FULL).disk.checkpoint
     adapters = memory_of(shape, replace(LORA, stage=2, rank=16)).disk
-    assert adapters.checkpoint == pytest.approx(0.9e9, rel=0.02)
+    assert adapters.checkpoint == pytest.approx(0.77e9, rel=0.01)
     assert adapters.adapter == pytest.approx(0.257e9, rel=0.01)
     assert adapters.export == 2 * shape.num_parameters
 
