@@ -1,4 +1,4 @@
-"""`python -m qwen_dist.export RUN_DIR [--step K] [--adapter-only] [--out DIR]`: on the CPU, in one process."""
+"""`python -m qwen_dist.export RUN_DIR [--step K | --best] [--adapter-only] [--out DIR]`: on the CPU, in one process."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qwen_dist.export", description=main.__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--step", type=int)
+    parser.add_argument("--best", action="store_const", const="best", dest="step")
     parser.add_argument("--adapter-only", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)

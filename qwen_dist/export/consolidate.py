@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -14,40 +14,37 @@ from qwen_dist.config import Run
 from qwen_dist.errors import UserError
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train.checkpoint.groups import trained_shapes
-from qwen_dist.train.checkpoint.manifest import damage
+from qwen_dist.train.checkpoint.manifest import best_of, committed, damage, losses_of, step_of
 from qwen_dist.train.checkpoint.reader import MASTER, Saved
 from qwen_dist.train.checkpoint.state import read_state
+from qwen_dist.train.checkpoint.verify import wrong_hash
 from qwen_dist.train.model.build import build_model, load_model_config, torch_dtype
 from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.model.quantize import round_to_nf4
 
-STEP_NAME = re.compile(r"step_(\d{8})")
-
-
-def choose_checkpoint(run_dir: RunDir, step: int | None) -> Path:
-    """The checkpoint of `step`, or the newest one, whole.
+def choose_checkpoint(run_dir: RunDir, step: int | Literal["best"] | None) -> Path:
+    """The checkpoint of `step`, the one with the lowest held-out loss, or the newest; every byte of it verified.
 
     Raises:
         UserError: there is none, or it is damaged; names the file and the newest good checkpoint instead.
     """
-    folders = sorted(path for path in run_dir.checkpoints.glob("step_*") if STEP_NAME.fullmatch(path.name))
+    folders = committed(run_dir)
     if not folders:
         raise UserError(f"{run_dir.path} has no checkpoint; run qwen-dist train first.")
+    if step == "best":
+        step = best_of(losses_of(run_dir))
+        if step is None:
+            raise UserError(f"No checkpoint of {run_dir.path} has a held-out loss; leave --best out, or give --step.")
     chosen = folders[-1] if step is None else run_dir.checkpoint(step)
     if chosen not in folders:
         steps = ", ".join(str(step_of(folder)) for folder in folders)
         raise UserError(f"{run_dir.path} has no checkpoint of step {step}; there are {steps}.")
-    problem = damage(chosen)
+    problem = damage(chosen) or wrong_hash(chosen, rank=0, world_size=1)
     if problem is not None:
-        good = [folder for folder in folders if damage(folder) is None]
+        good = [folder for folder in folders if folder != chosen and damage(folder) is None]
         fix = f"give --step {step_of(good[-1])}, the newest whole one" if good else "none is whole; train again"
         raise UserError(f"The checkpoint {chosen} is damaged: {problem}; {fix}.")
     return chosen
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimizer step that a checkpoint's folder name tells."""
-    return int(checkpoint.name.removeprefix("step_"))
 
 
 def read_weights(checkpoint: Path) -> Saved:

@@ -6,7 +6,7 @@ import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -50,12 +50,14 @@ class Trained:
     mode: Mode
 
 
-def export(path: Path, step: int | None, adapter_only: bool, out: Path | None) -> tuple[Path, dict[str, Any]]:
+def export(
+    path: Path, step: int | Literal["best"] | None, adapter_only: bool, out: Path | None
+) -> tuple[Path, dict[str, Any]]:
     """Make a verified Hugging Face folder of a run's checkpoint.
 
     Args:
         path: the run directory.
-        step: the checkpoint's optimizer step, or None for the newest.
+        step: the checkpoint's optimizer step, "best" for the lowest held-out loss, or None for the newest.
         adapter_only: LoRA: the adapter alone, for peft; else adapters are merged into the model.
         out: the folder to make; default: `export/` of the run directory, `adapter/` with `adapter_only`.
 

@@ -47,7 +47,7 @@ def exported_eval_loss(run_dir: RunDir, model: torch.nn.Module) -> float:
     return nll_sum / num_supervised
 
 
-@pytest.mark.parametrize("kind", [*DENSE, "qlora zero2", "moe"])
+@pytest.mark.parametrize("kind", [*DENSE, "qlora zero2", "variants zero3", "moe"])
 def test_the_export_has_the_loss_that_the_trainer_measured(trained, kind):
     folder, record = export(trained(kind).path, None, False, None)
     is_fp32 = kind.endswith("zero3")
@@ -61,7 +61,7 @@ def test_the_export_has_the_loss_that_the_trainer_measured(trained, kind):
     verified = record["verified"]
     assert record["step"] == 4 and verified["sample"] == "training sample 0"
     assert verified["tensors_bit_for_bit"] == len(model.state_dict())
-    if "lora" in kind:
+    if "lora" in kind or "variants" in kind:
         assert verified["adapter_effect"] > 10 * verified["logits_relative_error"]
     else:
         assert verified["logits_max_abs_difference"] == 0
@@ -136,6 +136,23 @@ def test_the_adapter_alone_loads_with_plain_peft(trained):
     assert record["verified"]["tensors_bit_for_bit"] == 28
 
 
+def test_pissas_adapter_alone_is_plain_lora_beside_the_published_weights(trained):
+    run_dir = trained("variants zero3")
+    folder, record = export(run_dir.path, None, True, None)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 12 * 2**0.5, True)
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert exported_eval_loss(run_dir, model) == pytest.approx(trained_eval_loss(run_dir), rel=1e-5)
+    assert record["verified"]["adapter_effect"] > 0.1 > 1e3 * record["verified"]["logits_relative_error"]
+
+
+def test_pissas_start_must_be_there(copied):
+    run_dir = copied("variants zero3")
+    run_dir.adapter_start.unlink()
+    with pytest.raises(RunFailed, match=r"adapter_start.safetensors is missing: .* bring it back, or train again"):
+        export(run_dir.path, None, False, None)
+
+
 def test_an_adapter_alone_must_be_loadable(trained):
     with pytest.raises(UserError, match=r"random weights .* leave --adapter-only out"):
         export(trained("lora zero3").path, None, True, None)
@@ -150,7 +167,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(copied):
     with pytest.raises(UserError, match=rf"{shard.name} has \d+ bytes, not \d+; give --step 2"):
         export(run_dir.path, None, False, None)
     (run_dir.checkpoint(2) / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"step_00000002 is damaged: no readable manifest\.json"):
+    with pytest.raises(UserError, match=r"step_00000002 is damaged: it has no manifest\.json"):
         export(run_dir.path, 2, False, None)
     with pytest.raises(UserError, match="no checkpoint of step 7; there are 2, 4"):
         export(run_dir.path, 7, False, None)

@@ -14,6 +14,7 @@ import torch
 
 from qwen_dist.config import Checkpoint
 from qwen_dist.errors import UserError
+from qwen_dist.export.consolidate import choose_checkpoint
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train.checkpoint.background import HostCopy, Need, Writer, lacking
 from qwen_dist.train.checkpoint.commit import commit, incomplete, prepare, tidy, told_failure
@@ -161,6 +162,21 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert losses_of(run_dir) == {6: 1.0, 12: None, 15: 1.2}
     save(run_dir, 18, None, keep=1, keep_best=False)
     assert names(run_dir) == ["latest", "step_00000018"]
+
+
+def test_what_is_exported_is_verified(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    for step, loss in ((3, 2.0), (6, 1.0), (9, None)):
+        save(run_dir, step, loss)
+    assert choose_checkpoint(run_dir, None) == run_dir.checkpoint(9)
+    assert choose_checkpoint(run_dir, "best") == run_dir.checkpoint(6)
+    flip_a_byte(run_dir.checkpoint(6) / "rank_0.safetensors")
+    with pytest.raises(UserError, match=r"step_00000006 is damaged: .*another hash\); give --step 9, the newest whole"):
+        choose_checkpoint(run_dir, "best")
+    (run_dir.checkpoint(3) / "manifest.json").unlink()
+    (run_dir.checkpoint(6) / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"No checkpoint of .* has a held-out loss; leave --best out"):
+        choose_checkpoint(run_dir, "best")
 
 
 def test_what_may_go() -> None:

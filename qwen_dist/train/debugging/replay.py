@@ -21,10 +21,10 @@ from qwen_dist.data.encoding.tokenizer import load_tokenizer
 from qwen_dist.data.order.shard import plan_run
 from qwen_dist.data.reading.rows import shown
 from qwen_dist.errors import UserError
-from qwen_dist.export.consolidate import adapted_model, full_model, read_weights, step_of
+from qwen_dist.export.consolidate import adapted_model, full_model, read_weights
 from qwen_dist.model_files import check_config
 from qwen_dist.run_dir import RunDir
-from qwen_dist.train.checkpoint.manifest import damage
+from qwen_dist.train.checkpoint.manifest import damage, step_of
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.debugging.bench import Bench, layer_reports, whole_norm
 from qwen_dist.train.debugging.memory import bytes_by_part
