@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-from qwen_dist.errors import EXIT_DONE, EXIT_RUN_FAILED, UserError
+from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
 from qwen_dist.log import start_logging
+
+
+class Stopped(BaseException):
+    """A stop signal has come; only the folder `.incomplete` has been written so far, which the next export clears."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,5 +68,16 @@ def _size(folder: Path) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    for stop_signal in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(stop_signal, _stop)
+    try:
+        code = main()
+    except Stopped:
+        print("stopped; an older export is as it was, and the same command starts again", file=sys.stderr)
+        code = EXIT_RESUMABLE
+    sys.exit(code)
