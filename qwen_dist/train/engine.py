@@ -14,11 +14,12 @@ from qwen_dist.log import get_logger
 from qwen_dist.model_files import check_config
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train.faults import place
-from qwen_dist.train.gradients import drop_gradients
 from qwen_dist.train.faults.straggler import ForwardClock
+from qwen_dist.train.gradients import drop_gradients
 from qwen_dist.train.loss import supervised_positions
 from qwen_dist.train.model.attention import attention_in_force, forward_arguments
 from qwen_dist.train.model.build import build_model, load_model_config
+from qwen_dist.train.model.kernels import kernels_in_force, use_kernels
 from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.packed import implementation_of
@@ -125,6 +126,7 @@ def make_engine(
     """Build the run's model and hand it to DeepSpeed: `make_model`, then `start_engine`."""
     model, backend, reason = make_model(run, ds_config, world, num_token_ids, run_dir)
     get_logger().info("attention %s (%s)", backend, reason)
+    get_logger().info("kernels %s (%s)", *kernels_in_force(run.model, model.config.model_type, world.device.type))
     return start_engine(run, ds_config, world, model, backend)
 
 
@@ -146,13 +148,23 @@ def make_model(
     check_config(load_model_config(run.model).to_dict(), run.model.path, num_token_ids)
     backend, reason = attention_in_force(run.model.attention, world.device.type, run.model.precision)
     model: torch.nn.Module = build_model(run, ds_config, implementation_of(backend), world.device)
-    if run.method.has_adapters:
-        model = add_adapters(model, run.method, run.seed, ds_config)
-        if run.method.init == "pissa":
-            start_from_singular_values(model, run.seed, world.device, run_dir)
+    use_kernels(model, run.model, world.device.type)
+    model = adapted(model, run, ds_config, world, run_dir)
     add_losses(model)
     save_activations(model, run, world.device)
     return model, backend, reason
+
+
+def adapted(
+    model: Any, run: Run, ds_config: dict[str, Any] | None, world: World, run_dir: RunDir | None = None
+) -> torch.nn.Module:
+    """The model with the run's adapters, where it has some; arguments as of `make_model`."""
+    if not run.method.has_adapters:
+        return model
+    model = add_adapters(model, run.method, run.seed, ds_config)
+    if run.method.init == "pissa":
+        start_from_singular_values(model, run.seed, world.device, run_dir)
+    return model
 
 
 def start_engine(run: Run, ds_config: dict[str, Any], world: World, model: torch.nn.Module, backend: str) -> Engine:

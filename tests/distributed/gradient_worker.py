@@ -18,6 +18,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -119,8 +120,13 @@ def broken(what: str | None, world: World) -> Iterator[None]:
     def leaking(*arguments: Any, **named: Any) -> MicroBatch:
         batch = build_micro_batch(*arguments, **named)
         length = batch.position_ids_1T.shape[1]
-        batch.position_ids_1T.copy_(torch.arange(length))
-        return batch
+        return replace(
+            batch,
+            position_ids_1T=torch.arange(length)[None],
+            sample_lengths=(length,),
+            cu_seq_lens=torch.tensor([0, length], dtype=torch.int32),
+            max_length=length,
+        )
 
     with contextlib.ExitStack() as stack:
         if what in ("world size", "accumulation"):

@@ -25,8 +25,8 @@ from qwen_dist.config import Run
 from qwen_dist.data.batches import build_micro_batch
 from qwen_dist.errors import EnvironmentNotReady, counted
 from qwen_dist.log import get_logger
-from qwen_dist.train.engine import Engine, make_model, start_engine
-from qwen_dist.train.model.build import load_model_config, whole_parameters
+from qwen_dist.train.engine import Engine, adapted, make_model, start_engine
+from qwen_dist.train.model.build import build_model, load_model_config, whole_parameters
 from qwen_dist.train.startup.contract import Compared, Found, Setting, problem
 from qwen_dist.train.startup.generators import generators_untouched
 from qwen_dist.train.startup.tiny import TinySamples, tiny_ds_config, tiny_run, tiny_step
@@ -90,11 +90,10 @@ def refusal(told: str, setting: Setting) -> str:
 def by_plain_torch(tiny: Run, ds_config: dict[str, Any], world: World) -> tuple[dict[str, torch.Tensor], float]:
     """(the gradient of each trained parameter in fp32, the loss): each sample alone, summed over the ranks.
 
-    Computed before there is an engine, with torch's own kernels.
+    The model is transformers' own and peft's, with eager attention: none of our kernels, nor of any package.
     """
-    model_changes = {"attention": "sdpa", "kernels": "torch", "activation_checkpointing": False}
-    plain = tiny.model_copy(update={"model": tiny.model.model_copy(update=model_changes)})
-    model, *_ = make_model(plain, {**ds_config, "zero_optimization": {"stage": 2}}, world)
+    model: torch.nn.Module = build_model(tiny, None, "eager", world.device)
+    model = adapted(model, tiny, None, world)
     fill_zeros(model)
     model = model.float().to(world.device).train()
     samples, step = TinySamples(), tiny_step(ds_config, world.world_size)
