@@ -179,6 +179,16 @@ def test_every_rank_makes_as_many_collectives(steps: dict[str, dict], name: str)
     assert all(of_rank == of_ranks[0] for of_rank in of_ranks)
 
 
+UNTIED_ZERO_3 = [name for name in [*matrix(2), *other_ways()] if "zero-3" in name and not name.startswith("tied")]
+
+
+@pytest.mark.parametrize("name", UNTIED_ZERO_3)
+def test_the_head_is_gathered_once_a_micro_batch(steps: dict[str, dict], name: str) -> None:
+    """However many chunks go through it; once more in the first micro-batch, where DeepSpeed learns what comes next."""
+    gathers, micro_batches = steps[name]["head_gathers"]
+    assert gathers == micro_batches + 1
+
+
 def assert_same_step(step: dict, reference: dict) -> None:
     assert step["loss"] == pytest.approx(reference["loss"], rel=1e-6)
     assert step["gradients"].keys() == reference["gradients"].keys()
