@@ -20,7 +20,9 @@ from qwen_dist.train.checkpoint.state import read_state
 from qwen_dist.train.checkpoint.verify import wrong_hash
 from qwen_dist.train.model.build import build_model, load_model_config, torch_dtype
 from qwen_dist.train.model.lora import add_adapters
+from qwen_dist.train.model.pissa import start_again
 from qwen_dist.train.model.quantize import round_to_nf4
+
 
 def choose_checkpoint(run_dir: RunDir, step: int | Literal["best"] | None) -> Path:
     """The checkpoint of `step`, the one with the lowest held-out loss, or the newest; every byte of it verified.
@@ -45,6 +47,11 @@ def choose_checkpoint(run_dir: RunDir, step: int | Literal["best"] | None) -> Pa
         fix = f"give --step {step_of(good[-1])}, the newest whole one" if good else "none is whole; train again"
         raise UserError(f"The checkpoint {chosen} is damaged: {problem}; {fix}.")
     return chosen
+
+
+def run_dir_of(checkpoint: Path) -> RunDir:
+    """The run directory that a checkpoint lies in."""
+    return RunDir(checkpoint.parents[1])
 
 
 def read_weights(checkpoint: Path) -> Saved:
@@ -80,6 +87,8 @@ def adapted_model(run: Run, weights: Saved) -> PeftModel:
     if run.method.kind == "qlora":
         round_to_nf4(base)
     model = add_adapters(base, run.method, run.seed)
+    if run.method.init == "pissa":
+        start_again(model, run_dir_of(weights.folder))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -17,8 +17,16 @@ from qwen_dist.config import Run
 from qwen_dist.data.cache.prepared import open_prepared
 from qwen_dist.data.encoding.tokenizer import ChatTokenizer, load_tokenizer
 from qwen_dist.errors import UserError
-from qwen_dist.export.consolidate import adapted_model, choose_checkpoint, full_model, read_weights, step_of
+from qwen_dist.export.consolidate import (
+    adapted_model,
+    choose_checkpoint,
+    full_model,
+    read_weights,
+    run_dir_of,
+    step_of,
+)
 from qwen_dist.export.hf_folder import RECORD, default_mode, replacing, write_model, write_tokenizer
+from qwen_dist.export.plain_lora import as_plain_lora
 from qwen_dist.export.verify import (
     CONVERSATION,
     MERGED,
@@ -114,6 +122,8 @@ def _full(trained: Trained) -> tuple[PreTrainedModel, Reference, dict[str, Any]]
 def _merged(trained: Trained) -> tuple[PreTrainedModel, Reference, dict[str, Any]]:
     adapted = adapted_model(trained.run, read_weights(trained.checkpoint))
     logits_TV = logits_of(adapted, trained.ids_T)
+    if trained.run.method.init == "pissa":
+        adapted = as_plain_lora(trained.run, adapted, run_dir_of(trained.checkpoint))
     found = {"compared_with": "the base model with its adapters unmerged", **_effect(adapted, trained, logits_TV)}
     # With adapters in fp32, peft adds B·A·alpha/rank in fp32 and rounds to the base's dtype once (peft 0.21).
     model = adapted.merge_and_unload()
@@ -124,11 +134,11 @@ def _export_adapter(trained: Trained, folder: Path) -> dict[str, Any]:
     log = get_logger()
     log.info("reading %s", trained.checkpoint)
     adapted = adapted_model(trained.run, read_weights(trained.checkpoint))
-    reference = Reference(
-        tensor_digests(_adapter_tensors(adapted)),
-        logits_of(adapted, trained.ids_T),
-        SAME_WEIGHTS[torch_dtype(trained.run.model.precision)],
-    )
+    logits_TV, tolerances = logits_of(adapted, trained.ids_T), SAME_WEIGHTS
+    if trained.run.method.init == "pissa":
+        adapted, tolerances = as_plain_lora(trained.run, adapted, run_dir_of(trained.checkpoint)), MERGED
+    tolerance = tolerances[torch_dtype(trained.run.model.precision)]
+    reference = Reference(tensor_digests(_adapter_tensors(adapted)), logits_TV, tolerance)
     effect = _effect(adapted, trained, reference.logits_TV)
     config = adapted.peft_config["default"]
     config.base_model_name_or_path, config.revision = trained.run.model.path, trained.run.model.revision

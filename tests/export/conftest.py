@@ -108,6 +108,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "base": None, "zero": {"stage": 3}, "precision": "fp32", "method": {"kind": "lora", "rank": 4, "alpha": 12},
     },
     "qlora zero2": {"base": "qwen3", "zero": {"stage": 2}, "method": {"kind": "qlora", "rank": 4, "alpha": 12}},
+    # Every variant at once. fp32, so that nothing but the variants' own arithmetic tells trained from exported.
+    "variants zero3": {
+        "base": "qwen3", "zero": {"stage": 3}, "precision": "fp32",
+        "method": {
+            "kind": "lora", "rank": 4, "alpha": 12, "rslora": True, "dora": True, "init": "pissa", "lr_ratio_b": 4,
+        },
+    },
     "moe": {"base": "qwen3_moe", "zero": {"stage": 2}, "num_processes": 1},
 }  # fmt: skip
 

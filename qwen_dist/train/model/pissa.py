@@ -73,20 +73,24 @@ def start_from_singular_values(
 
 
 @torch.no_grad()
-def start_again(model: PeftModel, run_dir: RunDir) -> dict[str, Pair]:
-    """Take what the adapters of a run started with from the weights of a plain model, in one process.
-
-    Returns:
-        (A_RI, B_OR) of each layer by its name.
+def start_again(model: PeftModel, run_dir: RunDir) -> None:
+    """Give new adapters what those of a run started with, and take it from the weights, in one process.
 
     Raises:
         RunFailed: what was written at the start is lost, or is of another model.
     """
-    layers = adapted_layers(model)
-    pairs = _read(run_dir.adapter_start, list(layers.items()))
+    layers, start = adapted_layers(model), read_start(model, run_dir)
     for name, layer in layers.items():
-        _take_out(layer, *pairs[name])
-    return pairs
+        _take_out(layer, *start[name])
+
+
+def read_start(model: PeftModel, run_dir: RunDir) -> dict[str, Pair]:
+    """What the adapters of a run started with, by the names of their layers.
+
+    Raises:
+        RunFailed: it is lost, or is of another model.
+    """
+    return _read(run_dir.adapter_start, list(adapted_layers(model).items()))
 
 
 def largest_singular(weight_OI: torch.Tensor, rank: int, scale: float, seed: int) -> Pair:
