@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -25,7 +25,7 @@ Example:
 @click.option("--best", is_flag=True, help="Export the checkpoint with the lowest held-out loss.")
 @click.option("--adapter-only", is_flag=True, help="LoRA: write the adapter alone, not merged.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write; default: in RUN_DIR.")
-def command(run_dir: Path, step: int | None, best: bool, adapter_only: bool, out: Path | None) -> int:
+def command(run_dir: Path, step: int | None, best: bool, adapter_only: bool, out: Path | None) -> NoReturn:
     """Make a Hugging Face folder of a run's checkpoint, reload it and compare. Needs no GPU."""
     if not RunDir(run_dir).run_json.is_file():
         raise UserError(f"{run_dir} is no run directory: it has no run.json; name the one that train made.")
@@ -36,4 +36,6 @@ def command(run_dir: Path, step: int | None, best: bool, adapter_only: bool, out
     argv += ["--best"] if best else []
     argv += ["--adapter-only"] if adapter_only else []
     argv += ["--out", str(out)] if out is not None else []
-    return subprocess.run(argv, env={**os.environ, "DS_ACCELERATOR": "cpu"}, check=False).returncode
+    sys.stdout.flush()
+    # In our place: a stop signal to this command reaches the export itself.
+    os.execve(sys.executable, argv, {**os.environ, "DS_ACCELERATOR": "cpu"})

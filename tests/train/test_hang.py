@@ -79,8 +79,8 @@ def test_who_holds_it_up(ranks: dict[int, Seen], expected: Blame) -> None:
 def test_the_one_line() -> None:
     ranks = {0: seen(7, "agree", 1), 1: seen(7, "forward", 1)}
     assert hang.sentence(Blame("behind", (1,)), ranks, 10, [3, 5]) == (
-        "No rank made progress for 10 s: rank 1 (n1) came no further than step 7, forward of micro-batch 2 (samples 3, 5); "
-        "others wait at step 7, agree."
+        "No rank made progress for 10 s: rank 1 (n1) came no further than step 7, forward of micro-batch 2 (samples 3, "
+        "5); others wait at step 7, agree."
     )
     ranks[1] = seen(7, "forward", silent_s=40)
     assert "nothing was heard of rank 1 (n1) for 40 s (stopped, dead or cut off), last of step 7" in hang.sentence(
