@@ -31,6 +31,10 @@ class RunFailed(UserError):
     exit_code = EXIT_RUN_FAILED
 
 
+class RankFailed(RunFailed):
+    """One rank failed, and it alone knows why: it says so itself, and the others are ended."""
+
+
 def counted(number: int, name: str) -> str:
     """A number with what it counts: "1 row", "1,234 rows"."""
     return f"{number:,} {name}{'' if number == 1 else 's'}"

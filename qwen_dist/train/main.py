@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,7 @@ from qwen_dist.config import Run
 from qwen_dist.data.encoding.tokenizer import load_tokenizer
 from qwen_dist.data.order.ledger import Ledger
 from qwen_dist.data.order.shard import plan_evaluation, plan_run
-from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
+from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, RankFailed, UserError
 from qwen_dist.lease import Holder, held
 from qwen_dist.log import get_logger, log_to_file, start_logging
 from qwen_dist.report.reporter import Reporter
@@ -80,7 +80,7 @@ def attempt(run_dir: RunDir, rank: int, stop: StopRequest) -> int:
 
     def record(code: int, message: str, is_told: bool) -> None:
         """Rank 0 writes the outcome; of an error that it does not know, or a stop, the rank that does."""
-        if rank == 0 or not (is_told or code in (EXIT_DONE, EXIT_RUN_FAILED)):
+        if (rank == 0 and not is_told) or not (is_told or code in (EXIT_DONE, EXIT_RUN_FAILED)):
             write_json(run_dir.outcome, {**progress, "exit_code": code, "message": message})
 
     def end_before_first_step() -> NoReturn:
@@ -106,6 +106,11 @@ def attempt(run_dir: RunDir, rank: int, stop: StopRequest) -> int:
         code = EXIT_DONE if finished else EXIT_RESUMABLE
         message = f"finished all {num_steps} steps" if finished else f"stopped and saved at step {state.step}"
         is_told = code == EXIT_RESUMABLE and rank != 0 and told_by_rank_0(run_dir)
+    except RankFailed as error:
+        code, message = error.exit_code, str(error)
+        get_logger().error("error: %s", message)
+        write_json(run_dir.outcome, {**progress, "exit_code": code, "message": message})
+        is_told = True
     except UserError as error:
         code, message = error.exit_code, str(error)
         is_told = rank != 0 and told_by_rank_0(run_dir)
@@ -113,7 +118,9 @@ def attempt(run_dir: RunDir, rank: int, stop: StopRequest) -> int:
     except Exception as error:
         code, message = EXIT_RUN_FAILED, f"{type(error).__name__}: {error}"
         get_logger().debug("%s", traceback.format_exc())
-        get_logger().error("error: %s (the traceback is in %s)", message.splitlines()[0], run_dir.logs)
+        is_told = is_outcome_there(run_dir)  # the connection to a rank that has said why it ends
+        level = logging.DEBUG if is_told else logging.ERROR
+        get_logger().log(level, "error: %s (the traceback is in %s)", message.splitlines()[0], run_dir.logs)
     stop.at_once(None)
     record(code, message, is_told)
     if code not in (EXIT_DONE, EXIT_RESUMABLE):
@@ -129,10 +136,19 @@ def told_by_rank_0(run_dir: RunDir) -> bool:
     """
     deadline = time.monotonic() + RANK_0_SPEAKS_S
     while time.monotonic() < deadline:
-        # The launcher starts all ranks at once: an outcome from before is of another attempt.
-        if run_dir.outcome.exists() and run_dir.outcome.stat().st_mtime > psutil.Process().create_time() - CLOCK_SKEW_S:
+        if is_outcome_there(run_dir):
             return True
         time.sleep(0.1)
+    return False
+
+
+def is_outcome_there(run_dir: RunDir) -> bool:
+    """Whether a rank of this attempt has recorded how it ended.
+
+    The launcher starts all ranks at once: an outcome from before is of another attempt.
+    """
+    with suppress(FileNotFoundError):
+        return run_dir.outcome.stat().st_mtime > psutil.Process().create_time() - CLOCK_SKEW_S
     return False
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qwen_dist.train.faults import place
+from qwen_dist.train.faults.out_of_memory import out_of_memory_told
 from qwen_dist.train.faults.verdict import Numbers
 from qwen_dist.train.feed import Feed, StepInput
 from qwen_dist.train.job import Job
@@ -51,11 +52,12 @@ def train_step(job: Job, feed: Feed, step: int) -> Trained:
     weight = plan.weight(step)
     lr = lr_at(step, plan.num_steps, job.run.optim)
 
-    nll_M: list[torch.Tensor] = []
-    for batch in taken.batches[:-1]:
-        nll_M.append(engine.backward(batch, weight))
-        engine.end_micro_batch()
-    nll_M.append(engine.backward(taken.batches[-1], weight))
+    with out_of_memory_told(job, step, taken):
+        nll_M: list[torch.Tensor] = []
+        for batch in taken.batches[:-1]:
+            nll_M.append(engine.backward(batch, weight))
+            engine.end_micro_batch()
+        nll_M.append(engine.backward(taken.batches[-1], weight))
 
     place.at("agree")
     told = [float(sum(nll_M)), float(job.stop.asked), float(job.saver.has_written)]
@@ -65,7 +67,8 @@ def train_step(job: Job, feed: Feed, step: int) -> Trained:
     job.saver.hear(num_written)
     job.saver.before_update()
     place.at("update")
-    engine.step(lr)
+    with out_of_memory_told(job, step, taken):
+        engine.step(lr)
 
     step_time_s = time.perf_counter() - started
     supervised_tokens = plan.supervised_tokens(step)
