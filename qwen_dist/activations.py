@@ -76,7 +76,7 @@ def activations_of(shape: ModelShape, layout: Layout, supervised_share: float, i
     kept = recomputed * checkpoint + (shape.num_layers - recomputed) * layer + around
     kept += last - layer if is_last_kept else 0
     if layout.method != "full" and recomputed == 0:
-        kept -= tokens * FP32 * (hidden + 1)  # nothing before the first adapter needs a gradient: no norm's input kept
+        kept -= tokens * norm_bytes  # nothing before the first adapter needs a gradient: no norm's input kept
 
     norm, mlp = _working_bytes_token(shape, layout)
     final_norm = kept + trained * norm
@@ -128,9 +128,8 @@ def layer_bytes(shape: ModelShape, layout: Layout, is_flash: bool = True, rows: 
 
 
 def _norm_bytes_token(shape: ModelShape, layout: Layout) -> int:
-    """A norm over H: its input in fp32, 1/rms, and for the gradient of its weight the normalised input."""
-    weight = element_bytes(layout) * shape.hidden_size if layout.method == "full" else 0
-    return FP32 * (shape.hidden_size + 1) + weight
+    """A norm over H: its input and 1/rms (qwen_dist/train/model/kernels.py, and liger's)."""
+    return element_bytes(layout) * shape.hidden_size + FP32
 
 
 def _attention_bytes_token(shape: ModelShape, layout: Layout, is_flash: bool) -> int:
@@ -138,17 +137,17 @@ def _attention_bytes_token(shape: ModelShape, layout: Layout, is_flash: bool) ->
     heads = shape.num_heads + shape.num_kv_heads
     size = element * shape.hidden_size if _keeps_input(layout, ("q_proj", "k_proj", "v_proj")) else 0
     if shape.has_qk_norm:
-        size += FP32 * (query + kv + heads) + (element * (query + kv) if layout.method == "full" else 0)
+        size += element * (query + kv) + FP32 * heads
     # Queries, keys, values, output, log-sum-exp of each head; without flash, keys and values repeated for each query.
     return size + element * (2 * query + 2 * (kv if is_flash else query)) + FP32 * shape.num_heads
 
 
 def _mlp_bytes_token(shape: ModelShape, layout: Layout) -> int:
-    """Gate, its SiLU, up, and their product, which an adapter or gradient of the last linear layer needs."""
+    """Gate, up, and their product, which an adapter or gradient of the last linear layer needs."""
     element, hidden = element_bytes(layout), shape.hidden_size
     has_input = _keeps_input(layout, ("gate_proj", "up_proj")) and "gate_proj" in shape.layer_linears
     size = element * hidden if has_input or layout.method == "full" else 0
-    kept = element * (4 if _keeps_input(layout, ("down_proj",)) else 3)
+    kept = element * (3 if _keeps_input(layout, ("down_proj",)) else 2)
     if not shape.num_experts:
         return size + kept * shape.intermediate_size
     if shape.shared_expert_size:
@@ -181,6 +180,6 @@ def _around_bytes_token(shape: ModelShape, layout: Layout) -> int:
 
 
 def _working_bytes_token(shape: ModelShape, layout: Layout) -> tuple[int, int]:
-    """For a moment of backward: four fp32 tensors and the gradient at a norm; two of width I and it in an MLP."""
+    """For a moment of backward: three fp32 tensors and the gradient at a norm; two of width I in an MLP."""
     element, hidden = element_bytes(layout), shape.hidden_size
-    return (4 * FP32 + element) * hidden, element * (2 * shape.active_intermediate_size + hidden)
+    return (3 * FP32 + element) * hidden, element * 2 * shape.active_intermediate_size

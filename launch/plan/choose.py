@@ -13,7 +13,7 @@ from functools import lru_cache
 from qwen_dist.batch_math import plan_batch
 from qwen_dist.config import Run
 from qwen_dist.hardware import GB, Hardware, Measured
-from qwen_dist.layout import Layout
+from qwen_dist.layout import Layout, fields_of
 from qwen_dist.memory import CONTEXT_BYTES, CUBLAS_BYTES, Memory, Parts, memory_of
 from qwen_dist.shapes import ModelShape
 from qwen_dist.step_time import StepTime, Work, step_time
@@ -23,7 +23,7 @@ MAX_MICRO_BATCH_TOKENS = 32_768
 # How much faster a layout must be than a simpler one, since the model of time does not see everything: what else the
 # host and its links do, a second group of processes, and the gathering of a base that LoRA never changes.
 DOUBT = {"none": 1.0, "optimizer": 1.1, "all": 1.25}
-HPZ_DOUBT, SHARDED_BASE_DOUBT = 1.03, 1.15
+HPZ_DOUBT, SHARDED_DOUBT, SHARDED_BASE_DOUBT = 1.03, 1.01, 1.15
 ALIKE = 1.03  # times that are nearer than this are told as equal
 
 
@@ -113,13 +113,9 @@ def layouts(question: Question) -> Iterator[Layout]:
     """Every combination that the run leaves open, with no layer recomputed where that is open too."""
     run, hardware = question.run, question.hardware
     base = Layout(
-        method=run.method.kind,
-        precision=run.model.precision,
-        max_tokens=run.data.max_tokens,
+        **fields_of(run),
         nodes=hardware.nodes,
         gpus_per_node=hardware.gpus_per_node,
-        rank=run.method.rank,
-        targets=run.method.targets,
         recomputed_layers=0 if _is_open(run) else run.num_recomputed(question.shape.num_layers),
     )
     for stage, offload, hpz in combinations(run, hardware):
@@ -137,6 +133,8 @@ def combinations(run: Run, hardware: Hardware) -> Iterator[tuple[int, str, bool]
     offloads = (
         (zero.offload,) if zero.offload != "auto" else ("none", "optimizer", "all") if hardware.gpu else ("none",)
     )
+    if run.optim.kind == "adamw_8bit":
+        offloads = ("none",)
     copies = (False, True) if zero.hpz == "auto" else (zero.hpz,)
     for stage in stages:
         for offload in offloads:
@@ -258,8 +256,8 @@ def _rank(option: Option) -> tuple[bool, float, int]:
     """What fits by time, with the doubt there is in it; what does not by what it would need."""
     layout = option.layout
     doubt = DOUBT[layout.offload] * (HPZ_DOUBT if layout.hpz else 1.0)
-    if layout.method != "full" and layout.stage == 3:
-        doubt *= SHARDED_BASE_DOUBT
+    if layout.stage == 3:
+        doubt *= SHARDED_DOUBT if layout.method == "full" else SHARDED_BASE_DOUBT
     seconds = option.time.total_s if option.time else 1.0  # on CPU nothing is told of time: the simplest is taken
     return not option.fits, seconds * doubt if option.fits else option.memory.peak, layout.stage
 

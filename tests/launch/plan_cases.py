@@ -67,15 +67,15 @@ def by_hand(layout: Layout) -> float:
     if layout.stage == 3 and layout.offload != "none":
         gradients = 0.0
     optimizer = 12 * trained / ranks if layout.offload == "none" else 0.0
-    kept, recomputed, layers = (282_624 if is_full else 250_752), 2 * HIDDEN, layout.recomputed_layers
+    kept, recomputed, layers = (182_272 if is_full else 183_168), 2 * HIDDEN, layout.recomputed_layers
     inputs = tokens * layers * recomputed
-    norm = (6 if is_full else 4) * HIDDEN
+    norm = 2 * HIDDEN
     forward = inputs + tokens * ((40 - layers) * kept + norm)  # what forward keeps of all layers and the final norm
     head = 2 * HEAD if is_full else 0.0  # the head's gradient, made with the loss and there until it is reduced
     moments = [forward + LOGITS + tokens * 4 * HIDDEN + head]  # the loss: of its rows, the input and its gradient
-    moments.append(forward + tokens * 18 * HIDDEN + head)  # the final norm's backward
+    moments.append(forward + tokens * 14 * HIDDEN + head)  # the final norm's backward
     if layers:  # later one layer again, and what its MLP's backward needs; those that were not recomputed are gone
-        moments.append(inputs + tokens * (kept + 4 * WIDTH + 2 * HIDDEN))
+        moments.append(inputs + tokens * (kept + 4 * WIDTH))
     return 1.04 * (weights + gradients + optimizer + max(moments)) + 1.2e9
 
 

@@ -104,7 +104,6 @@ def test_text_of_a_plan():
     plan = make_plan(make_run(), replace(on(), assumed=("GPUs of type H100-80GB (cluster.gpu)",)), COUNTS)
     memory, time = plan.chosen.memory, plan.chosen.time
     assert time is not None
-    recomputed = plan.chosen.layout.recomputed_layers
     text = plan_text(plan)
     assert (
         text
@@ -113,7 +112,7 @@ run        r
 model      Qwen/Qwen3-14B, 14.8 B parameters
 method     full, bf16
 processes  8 on H100-80GB
-layout     ZeRO-3, {recomputed} of 40 layers recomputed
+layout     ZeRO-3
 memory     {memory.peak / GB:.1f} of 84.9 GB a GPU, {memory.host / GB:.1f} GB of a machine
 disk       {memory.disk.checkpoint / GB:.1f} GB a checkpoint, 29.5 GB the export
 step       32 packs × 4,096 tokens, accumulation 4

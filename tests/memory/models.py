@@ -24,6 +24,7 @@ from qwen_dist.activations import element_bytes
 from qwen_dist.config import Method
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape
+from qwen_dist.train.model.kernels import use_lean
 from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.recompute import recompute_layers
@@ -88,6 +89,7 @@ def model_of(shape: ModelShape, layout: Layout) -> torch.nn.Module:
             config_of(shape), dtype=dtype, attn_implementation="memory_of_varlen"
         )
         model.tie_weights()
+        use_lean(model)
         if layout.method != "full":
             model = add_adapters(model, Method(kind="lora", rank=layout.rank, targets=layout.targets), 0)
             model.to(dtype)  # as they are beside real weights; peft leaves those beside meta ones as made, in fp32
