@@ -20,10 +20,8 @@ from qwen_dist.train.loss import supervised_positions
 from qwen_dist.train.model.attention import attention_in_force, forward_arguments
 from qwen_dist.train.model.build import build_model, load_model_config
 from qwen_dist.train.model.kernels import kernels_in_force, use_kernels
-from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.packed import implementation_of
-from qwen_dist.train.model.pissa import start_from_singular_values
 from qwen_dist.train.model.recompute import save_activations
 from qwen_dist.train.optim import LR_FACTOR, make_optimizer
 from qwen_dist.train.world import World
@@ -161,6 +159,10 @@ def adapted(
     """The model with the run's adapters, where it has some; arguments as of `make_model`."""
     if not run.method.has_adapters:
         return model
+    # peft takes 0.9 s of CPU to import, a quarter of a rank's start: full tuning goes without.
+    from qwen_dist.train.model.lora import add_adapters
+    from qwen_dist.train.model.pissa import start_from_singular_values
+
     model = add_adapters(model, run.method, run.seed, ds_config)
     if run.method.init == "pissa":
         start_from_singular_values(model, run.seed, world.device, run_dir)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_dist.train import loss as loss_module
 from qwen_dist.train.loss import supervised_positions
-from qwen_dist.train.model.lora import unwrapped
+from qwen_dist.train.model.build import unwrapped
 from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.recompute import recompute_layers
 

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_dist.config import Method, Run
 from qwen_dist.errors import EnvironmentNotReady
-from qwen_dist.train.model.build import build_model
-from qwen_dist.train.model.lora import add_adapters, unwrapped
+from qwen_dist.train.model.build import build_model, unwrapped
+from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.model.offload import HostStore, offload_layers
 from qwen_dist.train.model.recompute import (
     decoder_layers,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from qwen_dist.train.model.lora import unwrapped
+from qwen_dist.train.model.build import unwrapped
 
 # Modules that give out no stage of their own: lists, functions, tables, and the layer inside of an adapted one.
 NO_STAGE = ("layers", "act_fn", "rotary_emb", "base_layer")

@@ -103,6 +103,11 @@ def init_weights(model: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The causal language model itself, without peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 @contextlib.contextmanager
 def whole_parameters(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
     """Gather ZeRO-3 parameters for writing, rank 0's values to count; plain parameters are left as they are."""

@@ -20,7 +20,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeDecoderLaye
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
-from qwen_dist.train.model.lora import unwrapped
+from qwen_dist.train.model.build import unwrapped
 
 # Their forward is the one below (transformers 5.17 to 5.23).
 KNOWN_LAYERS = (Qwen2DecoderLayer, Qwen3DecoderLayer, Qwen2MoeDecoderLayer, Qwen3MoeDecoderLayer)

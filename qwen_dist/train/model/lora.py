@@ -96,8 +96,3 @@ def _gather_for_dora(model: PeftModel) -> None:
         if hasattr(weight, "ds_id"):
             deepspeed.zero.register_external_parameter(own, weight)
             deepspeed.zero.register_external_parameter(own, layer.lora_A[ADAPTER].weight)
-
-
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The causal language model itself, without peft's wrapper."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from qwen_dist.train.loss import cross_entropy, linear_cross_entropy
+from qwen_dist.train.model.build import unwrapped
 from qwen_dist.train.model.last_layer import select_rows
-from qwen_dist.train.model.lora import unwrapped
 
 
 def add_losses(model: torch.nn.Module) -> None:

@@ -23,7 +23,7 @@ from qwen_dist.errors import RunFailed
 from qwen_dist.log import get_logger
 from qwen_dist.train.engine import Engine
 from qwen_dist.train.gradients import drop_gradients
-from qwen_dist.train.model.lora import unwrapped
+from qwen_dist.train.model.build import unwrapped
 from qwen_dist.train.probe import RandomSamples, is_out_of_memory
 from qwen_dist.train.startup.generators import generators_untouched
 from qwen_dist.train.step import peak_memory_gb
