@@ -36,9 +36,9 @@ from qwen_dist.train.debugging.steps import make_deterministic, peak_bytes, show
 from qwen_dist.train.debugging.view import JsonView, TextView, View
 from qwen_dist.train.engine import summed_loss
 from qwen_dist.train.model.attention import attention_in_force
-from qwen_dist.train.model.build import build_model, load_model_config
+from qwen_dist.train.model.build import build_model, load_model_config, unwrapped
 from qwen_dist.train.model.kernels import use_kernels
-from qwen_dist.train.model.lora import add_adapters, unwrapped
+from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.packed import implementation_of
 from qwen_dist.train.model.recompute import save_activations
