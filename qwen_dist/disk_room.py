@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_dist.config import Run
-from qwen_dist.layout import Layout
+from qwen_dist.layout import Layout, fields_of
 from qwen_dist.memory import memory_of
 from qwen_dist.run_dir import RunDir
 from qwen_dist.shapes import model_shape
@@ -38,13 +38,9 @@ def disk_room(run: Run, gpus_per_node: int = 1) -> DiskRoom:
     """
     on_nvme = run.zero.nvme_path is not None
     layout = Layout(
-        method=run.method.kind,
-        precision=run.model.precision,
-        max_tokens=run.data.max_tokens,
+        **fields_of(run),
         nodes=run.cluster.nodes,
         gpus_per_node=gpus_per_node,
-        rank=run.method.rank,
-        targets=run.method.targets,
         stage=3 if on_nvme else 2 if run.zero.stage == "auto" else run.zero.stage,
         offload=("all" if on_nvme else "none") if run.zero.offload == "auto" else run.zero.offload,
         on_nvme=on_nvme,

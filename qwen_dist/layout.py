@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from qwen_dist.config import LINEAR_LAYERS
+from qwen_dist.config import LINEAR_LAYERS, Run
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,16 @@ class Layout:
         method: full, lora or qlora.
         precision: bf16 (fp32 master weights) or fp32.
         max_tokens: tokens of a pack.
-        rank, targets: of LoRA.
+        rank, targets, dora: of LoRA.
+        has_own_rate_b: B matrices are a parameter group of their own, with another learning rate.
+        has_8bit_moments: of the optimizer, not in fp32.
         stage: of ZeRO, 2 or 3.
         offload: what lies in host memory: none, optimizer, or all (optimizer and weights).
         on_nvme: what is offloaded lies on a disk of the node instead.
         hpz: each node holds a whole copy of the bf16 weights besides the shards (ZeRO-3, several nodes).
         recomputed_layers: decoder layers that run forward again in backward.
+        is_selective: of those, matrix products and attention do not run again: their results are kept.
+        offload_activations: what layers keep for backward lies in host memory.
         packs_per_micro_batch: packs that a GPU computes at one time.
     """
 
@@ -37,6 +42,11 @@ class Layout:
     hpz: bool = False
     recomputed_layers: int = 0
     packs_per_micro_batch: int = 1
+    dora: bool = False
+    has_own_rate_b: bool = False
+    has_8bit_moments: bool = False
+    is_selective: bool = False
+    offload_activations: bool = False
 
     @property
     def world_size(self) -> int:
@@ -47,3 +57,19 @@ class Layout:
     def tokens_per_micro_batch(self) -> int:
         """Tokens that a GPU computes at one time."""
         return self.packs_per_micro_batch * self.max_tokens
+
+
+def fields_of(run: Run) -> dict[str, Any]:
+    """What of a layout the run file alone decides."""
+    return {
+        "method": run.method.kind,
+        "precision": run.model.precision,
+        "max_tokens": run.data.max_tokens,
+        "rank": run.method.rank,
+        "targets": run.method.targets,
+        "dora": run.method.has_adapters and run.method.dora,
+        "has_own_rate_b": run.method.has_adapters and run.method.lr_ratio_b != 1,
+        "has_8bit_moments": run.optim.kind == "adamw_8bit",
+        "is_selective": run.model.recompute == "selective",
+        "offload_activations": run.model.offload_activations,
+    }

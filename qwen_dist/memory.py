@@ -27,7 +27,6 @@ FRAGMENTATION = 0.04
 # Python, torch, CUDA's libraries, DeepSpeed: host memory of one process.
 PROCESS_BYTES = 4 * GB
 FP32, FP64 = 4, 8
-SAVED_BYTES = FP32 + MOMENTS_BYTES  # of a trained parameter in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def memory_of(shape: ModelShape, layout: Layout, supervised_share: float = 1.0, 
     activations = activations_of(shape, layout, supervised_share, is_flash)
     gpu = {moment: _with_overhead(layout, parts) for moment, parts in _moments(states, activations).items()}
     hosts = MappingProxyType(_hosts(shape, layout, states))
-    copy = 0 if layout.on_nvme else layout.gpus_per_node * SAVED_BYTES * states.shard_elements
+    copy = 0 if layout.on_nvme else layout.gpus_per_node * (FP32 * states.shard_elements + states.moments)
     return Memory(MappingProxyType(gpu), hosts, _disk(shape, layout, states), copy)
 
 
@@ -196,8 +195,11 @@ def _hosts(shape: ModelShape, layout: Layout, states: States) -> dict[str, Parts
 
 def _disk(shape: ModelShape, layout: Layout, states: States) -> Disk:
     element, is_full = element_bytes(layout), layout.method == "full"
+    moments = MOMENTS_BYTES * states.trained_parameters
+    if layout.has_8bit_moments:  # each rank's own blocks, padding and all
+        moments = layout.world_size * states.moments
     return Disk(
-        checkpoint=SAVED_BYTES * states.trained_parameters,
+        checkpoint=FP32 * states.trained_parameters + moments,
         export=element * shape.num_parameters,
         adapter=0 if is_full else FP32 * states.trained_parameters,
         offloaded=layout.gpus_per_node * states.disk_bytes,

@@ -126,10 +126,13 @@ class ModelShape:
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         return self.num_layers * (attention + 3 * self.hidden_size * self.active_intermediate_size)
 
+    def linears(self, targets: Sequence[str]) -> list[tuple[int, int]]:
+        """(inputs, outputs) of each of a layer's linear modules that `targets` name."""
+        return [self.layer_linears[name] for name in targets if name in self.layer_linears]
+
     def lora_tensors(self, rank: int, targets: Sequence[str]) -> tuple[int, ...]:
         """Elements of each adapter matrix of a layer: A [rank, inputs] and B [outputs, rank] beside each target."""
-        sizes = [self.layer_linears[name] for name in targets if name in self.layer_linears]
-        return tuple(rank * width for linear in sizes for width in linear)
+        return tuple(rank * width for linear in self.linears(targets) for width in linear)
 
     def lora_parameters(self, rank: int, targets: Sequence[str]) -> int:
         """Parameters of all adapters."""

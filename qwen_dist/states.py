@@ -15,6 +15,9 @@ from qwen_dist.shapes import ModelShape
 
 FP32, FP64 = 4, 8
 MOMENTS_BYTES = 2 * FP32  # exp_avg and exp_avg_sq
+# In 8 bits (bitsandbytes 0.50, optim/optimizer.py): a byte each, and a scale in fp32 for a block; smaller flat tensors
+# stay in fp32; two tables of 256 levels in fp32 are all tensors'.
+BLOCK_8BIT, LEAST_8BIT, TABLES_8BIT = 256, 4096, 2 * 256 * FP32
 # ZeRO-2 pads a flat group of parameters to this many elements for each rank (`nccl_start_alignment_factor`).
 ALIGNMENT = 2
 NORM_ELEMENTS = 250_000_000
@@ -36,6 +39,7 @@ class States:
         buckets: buffers between steps. step_buckets: in a step.
         loading_weights, loading_optimizer: most while DeepSpeed takes the model over.
         host_...: in host memory. disk_bytes: on NVMe.
+        moments: of the optimizer, wherever they lie.
         shard_elements: S, padded. shard_bytes: of all its weights in ZeRO-3. trained_parameters: over all ranks.
     """
 
@@ -57,6 +61,7 @@ class States:
     host_optimizer: int
     host_buckets: int
     disk_bytes: int
+    moments: int
     shard_elements: int
     shard_bytes: int
     trained_parameters: int
@@ -64,16 +69,19 @@ class States:
 
 @dataclass(frozen=True)
 class Tensors:
-    """Elements of every parameter, each as often as there are equal ones: (elements, times)."""
+    """Elements of every parameter, each as often as there are equal ones: (elements, times).
 
-    trained_matrices: tuple[tuple[int, int], ...]
-    trained_vectors: tuple[tuple[int, int], ...]
+    Attributes:
+        groups: the trained ones, by the optimizer's parameter groups. frozen: the others.
+    """
+
+    groups: tuple[tuple[tuple[int, int], ...], ...]
     frozen: tuple[tuple[int, int], ...]
 
     @property
     def trained(self) -> tuple[tuple[int, int], ...]:
-        """Matrices, then vectors."""
-        return self.trained_matrices + self.trained_vectors
+        """Of all groups."""
+        return sum(self.groups, ())
 
 
 def total(tensors: tuple[tuple[int, int], ...]) -> int:
@@ -94,9 +102,12 @@ def tensors_of(shape: ModelShape, layout: Layout) -> Tensors:
     matrices += [(shape.embedding_parameters, 1), (shape.head_parameters, 1)]
     vectors += [(shape.hidden_size, 1)]
     if layout.method == "full":
-        return Tensors(tuple(matrices), tuple(vectors), ())
+        return Tensors((tuple(matrices), tuple(vectors)), ())
     adapters = tuple((size, layers) for size in shape.lora_tensors(layout.rank, layout.targets))
-    return Tensors(adapters, (), tuple(matrices + vectors))
+    groups = [adapters[0::2], adapters[1::2]] if layout.has_own_rate_b else [adapters]  # A and B by turns
+    if layout.dora:  # the length of each row of a weight
+        groups.append(tuple((outputs, layers) for _, outputs in shape.linears(layout.targets)))
+    return Tensors(tuple(groups), tuple(matrices + vectors))
 
 
 def states_of(shape: ModelShape, layout: Layout) -> States:
@@ -111,7 +122,8 @@ def states_of(shape: ModelShape, layout: Layout) -> States:
 
 def _zero2(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) -> States:
     element, ranks = element_bytes(layout), layout.world_size
-    shard = sum(_group_shard(group, ranks) for group in (tensors.trained_matrices, tensors.trained_vectors))
+    shards = [_group_shard(group, ranks) for group in tensors.groups]
+    shard, moments = sum(shards), moments_bytes(layout, shards)
     flat = element * shard * ranks
     weights = flat + _frozen_bytes(shape, layout, tensors)
     is_offloaded = layout.offload != "none"
@@ -124,7 +136,7 @@ def _zero2(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
     step_buckets = (3 * element * sizes.reduce) + FP32 * (bucket if not is_alone else 0)
     # On the way to the host every gradient passes a buffer of the largest (`temp_grad_buffer_for_gpu_offload`).
     passing = element * largest if is_offloaded else 0
-    optimizer = (FP32 + MOMENTS_BYTES) * shard
+    optimizer = FP32 * shard + moments
     whole = element * largest if is_alone else 0
     # In fp32 no shard of gradients is made: each micro-batch's are added to those before, and joined for the update.
     joined = FP32 * shard if element == FP32 else 0
@@ -146,9 +158,10 @@ def _zero2(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
         loading_optimizer=0 if is_offloaded else FP32 * shard,
         host_weights=pinned(element * shard) if is_offloaded else 0,  # `param_buffer_of_bit16_for_cpu_offload_groups`
         host_gradients=pinned(FP32 * shard) if is_offloaded else 0,
-        host_optimizer=pinned(FP32 * shard) + MOMENTS_BYTES * shard if is_offloaded else 0,
+        host_optimizer=pinned(FP32 * shard) + moments if is_offloaded else 0,
         host_buckets=pinned(element * largest) if is_offloaded else 0,
         disk_bytes=0,
+        moments=moments,
         shard_elements=shard,
         shard_bytes=weights,
         trained_parameters=total(tensors.trained),
@@ -157,7 +170,8 @@ def _zero2(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
 
 def _zero3(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) -> States:
     element, ranks = element_bytes(layout), layout.world_size
-    shard, frozen = sharded(tensors.trained, ranks), sharded(tensors.frozen, ranks)
+    shards = [sharded(group, ranks) for group in tensors.groups]
+    shard, frozen, moments = sum(shards), sharded(tensors.frozen, ranks), moments_bytes(layout, shards)
     every = tensors.trained + tensors.frozen
     small = tuple((size, times) for size, times in every if size <= sizes.persistence_threshold)
     large = max(size for size, _ in every)
@@ -178,7 +192,7 @@ def _zero3(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
     arriving = FP32 * part + (FP64 * min(NORM_ELEMENTS, part) if is_offloaded else 0)
     whole_gradient = element * trained_large if is_alone else 0
     masters = FP32 * shard if element < FP32 else 0  # in fp32 the weights are their own masters
-    optimizer = masters + MOMENTS_BYTES * shard
+    optimizer = masters + moments
     gradients = 0 if is_offloaded else FP32 * shard  # `grad_partitions_flat_buffer`, of the optimizer's device
     host = _zero3_host(layout, sizes, tensors, shard, frozen, group)
     return States(
@@ -203,6 +217,7 @@ def _zero3(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
         host_optimizer=host.optimizer,
         host_buckets=host.buckets,
         disk_bytes=host.disk,
+        moments=moments,
         shard_elements=shard,
         shard_bytes=element * (shard + frozen),
         trained_parameters=total(tensors.trained),
@@ -237,6 +252,16 @@ def _zero3_host(layout: Layout, sizes: Buckets, tensors: Tensors, shard: int, fr
     # Gradients lie there twice: as they arrive, and as the optimizer's (`fp32_partitioned_groups_flat[i].grad`).
     num_groups = max(1, shard // max(1, group))
     return _Host(weights, flat + num_groups * pinned(FP32 * shard // num_groups), (FP32 + MOMENTS_BYTES) * shard)
+
+
+def moments_bytes(layout: Layout, flat_elements: list[int]) -> int:
+    """Both moments of a rank's flat tensors."""
+    if not layout.has_8bit_moments:
+        return MOMENTS_BYTES * sum(flat_elements)
+    large = [elements for elements in flat_elements if elements >= LEAST_8BIT]
+    scales = sum(2 * FP32 * -(-elements // BLOCK_8BIT) for elements in large)
+    small = MOMENTS_BYTES * (sum(flat_elements) - sum(large))
+    return 2 * sum(large) + scales + small + (TABLES_8BIT if large else 0)
 
 
 def pinned(num_bytes: int) -> int:

@@ -23,7 +23,7 @@ MAX_MICRO_BATCH_TOKENS = 32_768
 # How much faster a layout must be than a simpler one, since the model of time does not see everything: what else the
 # host and its links do, a second group of processes, and the gathering of a base that LoRA never changes.
 DOUBT = {"none": 1.0, "optimizer": 1.1, "all": 1.25}
-HPZ_DOUBT, SHARDED_DOUBT, SHARDED_BASE_DOUBT = 1.03, 1.01, 1.15
+HPZ_DOUBT, SHARDED_BASE_DOUBT = 1.03, 1.15
 ALIKE = 1.03  # times that are nearer than this are told as equal
 
 
@@ -256,10 +256,11 @@ def _rank(option: Option) -> tuple[bool, float, int]:
     """What fits by time, with the doubt there is in it; what does not by what it would need."""
     layout = option.layout
     doubt = DOUBT[layout.offload] * (HPZ_DOUBT if layout.hpz else 1.0)
-    if layout.stage == 3:
-        doubt *= SHARDED_DOUBT if layout.method == "full" else SHARDED_BASE_DOUBT
+    if layout.method != "full" and layout.stage == 3:
+        doubt *= SHARDED_BASE_DOUBT
     seconds = option.time.total_s if option.time else 1.0  # on CPU nothing is told of time: the simplest is taken
-    return not option.fits, seconds * doubt if option.fits else option.memory.peak, layout.stage
+    rank = float(f"{seconds * doubt:.3g}") if option.fits else option.memory.peak  # of alike times, the simpler stage
+    return not option.fits, rank, layout.stage
 
 
 def _key(layout: Layout) -> tuple[int, str, bool]:
