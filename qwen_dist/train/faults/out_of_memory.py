@@ -23,7 +23,7 @@ from qwen_dist.shapes import model_shape
 from qwen_dist.train.faults import place
 from qwen_dist.train.feed import StepInput
 from qwen_dist.train.job import Job
-from qwen_dist.train.model.build import num_layers_of
+from qwen_dist.train.model.recompute import num_layers_of
 from qwen_dist.train.probe import is_out_of_memory
 
 GB = 1e9
@@ -81,8 +81,8 @@ def told(job: Job, step: int, taken: StepInput, resting: int, error: str) -> str
     if is_batch:
         batch = taken.batches[where.micro_batch]
         doing = (
-            f"{where.phase} of micro-batch {where.micro_batch + 1} of {len(taken.batches)} ({batch.num_tokens:,} tokens "
-            f"in {counted(len(batch.cu_seq_lens) - 1, 'sample')}, the longest {batch.max_length:,})"
+            f"{where.phase} of micro-batch {where.micro_batch + 1} of {len(taken.batches)} "
+            f"({batch.num_tokens:,} tokens in {counted(len(batch.cu_seq_lens) - 1, 'sample')}, the longest {batch.max_length:,})"
         )
     held = gpu_facts(job, resting, error) if is_cuda else None
     facts = gpu_words(held) if held is not None else host_words()
@@ -121,7 +121,7 @@ def gpu_facts(job: Job, resting: int, error: str) -> Held:
 
 
 def planned(run: Run, world_size: int, backend: str) -> tuple[int, int, int]:
-    """(resting, most within a step beside that, beside torch) by the plan's model of memory; zeros for unknown models."""
+    """(resting, most within a step beside that, beside torch) as planned; zeros for a model of unknown size."""
     try:
         shape = model_shape(run.model.path)
     except UserError:

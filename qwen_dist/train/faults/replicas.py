@@ -1,8 +1,9 @@
 """Silent corruption: weights that every rank must hold alike are compared, bit for bit.
 
 A memory cell that flips, a kernel that computes wrongly on one GPU, other weights on one node's disk: such a rank goes
-on with a model of its own, and no loss shows it. ZeRO-2 replicates every weight, the frozen base as well. ZeRO-3 keeps
-whole what is below its persistence threshold, norms and biases; of all else there is one copy, and nothing to compare.
+on with a model of its own, and no loss shows it. ZeRO-2 replicates every weight: a frozen one keeps what befell it; a
+trained one is gathered anew after each update, from shards that exist once, so that only the last step's fault is seen.
+ZeRO-3 keeps whole what is below its persistence threshold, norms and biases, and has one copy of all else.
 Shapes: K tensors, W ranks, N words of 4 bytes.
 """
 
