@@ -6,12 +6,14 @@ DeepSpeed's (0.19.8), in `runtime/zero/stage_1_and_2.py` and `stage3.py`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import deepspeed
 import torch
+import xxhash
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,12 @@ def groups_of(ds_engine: deepspeed.DeepSpeedEngine) -> list[Group]:
             strict=True,
         )
     return [Group(number, master, numel, tuple(shares)) for number, (master, numel, shares) in enumerate(flat)]
+
+
+def layout_of(groups: list[Group]) -> str:
+    """A name for what lies where in a rank's flat tensors: the same for the same slices in the same places."""
+    places = [(group.numel, [astuple(share) for share in group.shares]) for group in groups]
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(places).encode()))
 
 
 def _shares_2(parameters: list[Any], names: dict[Any, str], shapes: dict[str, tuple[int, ...]]) -> Iterator[Share]:

@@ -15,7 +15,7 @@ import torch
 
 from qwen_dist.errors import RunFailed, UserError
 from qwen_dist.train.checkpoint.disk_states import in_memory, lies_on_disk, mapped
-from qwen_dist.train.checkpoint.groups import Group, groups_of, trained_shapes
+from qwen_dist.train.checkpoint.groups import Group, groups_of, layout_of, trained_shapes
 from qwen_dist.train.checkpoint.reader import MASTER, MOMENTS, Saved
 from qwen_dist.train.checkpoint.shard_file import Piece
 from qwen_dist.train.checkpoint.state import read_state
@@ -39,12 +39,12 @@ def about(engine: Engine) -> dict[str, Any]:
     """What a rank's file says beside its pieces.
 
     Returns:
-        optimizer_step: updates made; groups: elements of each flat tensor.
+        optimizer_step: updates made; layout: what lies where in its flat tensors.
     """
     groups, state = groups_of(engine.ds_engine), engine.ds_engine.optimizer.optimizer.state
     steps = {int(state[group.master]["step"]) if group.master in state else 0 for group in groups}
     assert len(steps) == 1, f"the groups of one optimizer have made different numbers of updates: {steps}"
-    return {"optimizer_step": steps.pop(), "groups": [group.numel for group in groups]}
+    return {"optimizer_step": steps.pop(), "layout": layout_of(groups)}
 
 
 def _pieces(ds_engine: deepspeed.DeepSpeedEngine, rank: int) -> Iterator[Piece]:
@@ -147,8 +147,7 @@ def _set_optimizer_state(states: dict[Any, Any], saved: Saved, group: Group, ste
 def _require_same_ranks(saved: Saved, groups: list[Group], engine: Engine) -> None:
     """Refuse states that were saved in blocks of each rank's flat tensors, where those are cut in another way."""
     num_ranks, rank = len(saved.metadata), engine.world.rank
-    now = [group.numel for group in groups]
-    if num_ranks != engine.world.world_size or saved.metadata[rank]["groups"] != now:
+    if num_ranks != engine.world.world_size or saved.metadata[rank]["layout"] != layout_of(groups):
         raise UserError(
             f"The optimizer states in {saved.folder} are in 8 bits, in blocks of the {num_ranks} processes that saved "
             "them; go on with as many and the same zero.stage."
