@@ -259,8 +259,7 @@ def _rank(option: Option) -> tuple[bool, float, int]:
     if layout.method != "full" and layout.stage == 3:
         doubt *= SHARDED_BASE_DOUBT
     seconds = option.time.total_s if option.time else 1.0  # on CPU nothing is told of time: the simplest is taken
-    rank = float(f"{seconds * doubt:.3g}") if option.fits else option.memory.peak  # of alike times, the simpler stage
-    return not option.fits, rank, layout.stage
+    return not option.fits, seconds * doubt if option.fits else option.memory.peak, layout.stage
 
 
 def _key(layout: Layout) -> tuple[int, str, bool]:
