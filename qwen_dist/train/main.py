@@ -187,8 +187,6 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], wa
     engine = make_engine(run, ds_config, world, tokenizer.num_ids, run_dir)
     start = state = start_or_resume(engine, run_dir, run, data.fingerprint)
     progress["step"] = state.step
-    if run.faults.mock_step and state.step < plan.num_steps:
-        mock_step(engine, plan, run, state.step + 1)
     reporter = Reporter(run, run_dir, record["wandb_id"], state.step, plan.num_steps) if world.is_main else None
     job = Job(
         run=run,
@@ -205,8 +203,10 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], wa
         saver=Saver(engine, run_dir, run.checkpoint, run.zero.nvme_path is not None, reporter and reporter.saved),
         stragglers=Stragglers(world.rank, world.share_all(socket.gethostname()), run.zero_stage),
     )
-    stop.at_once(None)
     try:
+        if run.faults.mock_step and state.step < plan.num_steps:
+            mock_step(job, state.step + 1)
+        stop.at_once(None)
         for state in train(job, start):
             progress["step"] = state.step
     finally:

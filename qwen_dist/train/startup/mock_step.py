@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from qwen_dist.config import Run
 from qwen_dist.data.batches import MicroBatch, build_micro_batch
 from qwen_dist.data.order.shard import StepPlan
-from qwen_dist.errors import RunFailed
+from qwen_dist.errors import RankFailed
 from qwen_dist.log import get_logger
 from qwen_dist.train.engine import Engine
+from qwen_dist.train.faults.out_of_memory import advice, gpu_facts, gpu_words, host_words
 from qwen_dist.train.gradients import drop_gradients
+from qwen_dist.train.job import Job
 from qwen_dist.train.model.build import unwrapped
+from qwen_dist.train.model.recompute import num_layers_of
 from qwen_dist.train.probe import RandomSamples, is_out_of_memory
 from qwen_dist.train.startup.generators import generators_untouched
 from qwen_dist.train.step import peak_memory_gb
@@ -85,27 +87,33 @@ def mock_batch(largest: Largest, vocab_size: int) -> MicroBatch:
     return build_micro_batch(samples, np.arange(len(lengths)), pad_id=0)
 
 
-def mock_step(engine: Engine, plan: StepPlan, run: Run, first_step: int) -> None:
+def mock_step(job: Job, first_step: int) -> None:
     """Compute the largest micro-batch on every rank, all together, and leave the engine as it was.
 
+    Args:
+        job: the run's.
+        first_step: that will be trained, from 1.
+
     Raises:
-        RunFailed: memory does not suffice.
+        RankFailed: memory does not suffice on this rank.
     """
     started = time.perf_counter()
-    device, ds_engine = engine.world.device, engine.ds_engine
-    full = run.packs_per_micro_batch * run.data.max_tokens
-    largest = largest_micro_batch(plan, first_step, engine.world.world_size, full)
-    batch = mock_batch(largest, unwrapped(ds_engine.module).config.vocab_size)
+    run, engine = job.run, job.engine
+    device, full = engine.world.device, run.packs_per_micro_batch * run.data.max_tokens
+    largest = largest_micro_batch(job.plan, first_step, engine.world.world_size, full)
+    batch = mock_batch(largest, unwrapped(engine.ds_engine.module).config.vocab_size)
     if device.type == "cuda":
         batch = batch.pin_memory()
+    resting = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     try:
         with generators_untouched(device):
             compute(engine, batch)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        raise RunFailed(too_large(run, largest)) from None
-    drop_gradients(ds_engine)
+        get_logger().debug("out of memory", exc_info=True)
+        raise RankFailed(too_large(job, largest, resting, str(error))) from None
+    drop_gradients(engine.ds_engine)
     get_logger().info(
         "mock step: %s tokens at a time, at most %.1f GB, %.1f s",
         f"{largest.tokens:,}",
@@ -157,19 +165,14 @@ def update_bytes(optimizer: Any) -> int:
     return 0 if optimizer.cpu_offload else 4 * max((masters[number].numel() for number in groups), default=0)
 
 
-def too_large(run: Run, largest: Largest) -> str:
-    """The sentence that ends a run whose largest micro-batch does not fit."""
-    ways = []
-    if run.packs_per_micro_batch > 1:
-        ways.append(f"lower batch.packs_per_micro_batch (now {run.packs_per_micro_batch})")
-    if run.model.activation_checkpointing is not True:
-        ways.append("set model.activation_checkpointing=true")
-    if run.zero.offload in ("auto", "none"):
-        ways.append("set zero.offload=optimizer")
-    ways.append(f"lower data.max_tokens (now {run.data.max_tokens:,})")
+def too_large(job: Job, largest: Largest, resting: int, error: str) -> str:
+    """The sentence that ends a run whose largest micro-batch does not fit; `resting` bytes were allocated before it."""
+    is_cuda = job.engine.world.device.type == "cuda"
+    facts = gpu_words(gpu_facts(job, resting, error)) if is_cuda else host_words()
+    changes = ", or ".join(advice(job.run, num_layers_of(job.engine.ds_engine.module), True))
     return (
-        f"The mock step ran out of memory before step 1: {largest.tokens:,} tokens at a time do not fit beside weights "
-        f"and optimizer states; {', or '.join(ways)}."
+        f"Out of memory before step 1, in the mock step on rank {job.engine.world.rank} ({largest.tokens:,} tokens, "
+        f"the most that a micro-batch of this run can hold): {facts}. Set {changes}."
     )
 
 
