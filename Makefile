@@ -8,7 +8,7 @@ SLOW_TESTS := tests/export/ tests/examples/ tests/distributed/ tests/slurm/ test
 ALL_TESTS := $(wildcard tests/test_*.py) $(sort $(dir $(wildcard tests/*/test_*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format slurm-up slurm-down
+.PHONY: help demo test soak lint format slurm-up slurm-down
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,9 @@ test: $(STAMP) ## Run all tests that this machine can run
 	@echo
 	@echo "All tests passed. Next: make demo, or qwen-dist init for a run of your own"
 	@[ -f .slurm/slurm.conf ] || echo "(tests on a real Slurm: make slurm-up, then make test again)"
+
+soak: $(STAMP) ## Train 2,000 steps through random kills, stops and signals, and compare (a quarter of an hour)
+	@$(VENV)/bin/python -m tests.soak.soak
 
 lint: $(STAMP) ## Check style and types
 	$(VENV)/bin/ruff check .
