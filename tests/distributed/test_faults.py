@@ -8,18 +8,16 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
+from tests.distributed.ranks import DEADLINE_S, Ranks, strike
 from tests.distributed.runs import (
     DEMO,
-    REPO,
     finish,
     qwen_dist,
     rank_processes,
@@ -32,72 +30,14 @@ from tests.distributed.test_resume import assert_ledger, assert_same_run
 pytestmark = pytest.mark.distributed
 
 HANG_TIMEOUT_S = 2
-# No bound of the product, but far below the 30 minutes of a collective.
-DEADLINE_S = 120
 KILL, STOP, TERM, USR1 = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGUSR1
-
-
-class Ranks:
-    """Runs attempts through fault_worker.py."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.fault_worker"],
-            cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self._line() == "ready"
-
-    def begin(self, run_dir: Path, strikes: list[dict[str, Any]] | None = None, **more: Any) -> list[int]:
-        """Start two ranks; their pids."""
-        self.output = run_dir / "output"
-        self.output.unlink(missing_ok=True)
-        for struck in run_dir.glob("struck_*"):
-            struck.unlink()
-        attempt = {
-            "run_dir": str(run_dir), "world_size": 2, "environ_by_rank": [{}, {}], "networks": [],
-            "strikes": strikes or [], "output": str(self.output), **more,
-        }  # fmt: skip
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(attempt) + "\n")
-        self.process.stdin.flush()
-        pids: list[int] = json.loads(self._line())["pids"]
-        return pids
-
-    def end(self) -> tuple[list[int], str]:
-        """Exit codes by rank, and what they printed; fails where a rank, or what it started, goes on."""
-        answer: list[str] = []
-        deadline = time.monotonic() + DEADLINE_S
-        os.set_blocking(self.process.stdout.fileno(), False)
-        while not answer:
-            assert time.monotonic() < deadline, self.output.read_text()
-            answer = [line for line in [self.process.stdout.readline()] if line]
-            time.sleep(0.05)
-        os.set_blocking(self.process.stdout.fileno(), True)
-        assert psutil.Process(self.process.pid).children(recursive=True) == [], self.output.read_text()
-        return json.loads(answer[0])["codes"], self.output.read_text()
-
-    def run(self, run_dir: Path, *strikes: dict[str, Any]) -> tuple[list[int], str]:
-        """One attempt to its end."""
-        self.begin(run_dir, list(strikes))
-        return self.end()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
     found = Ranks()
     yield found
-    found.process.kill()
-    found.process.wait()
-
-
-def strike(
-    ranks: tuple[int, ...], step: int, phase: str | None, *signals: int, function: str | None = None
-) -> dict[str, Any]:
-    return {"ranks": ranks, "step": step, "phase": phase, "function": function, "signals": signals}
+    found.kill()
 
 
 def written(folder: Path, name: str, **sections: Any) -> Path:
