@@ -5,14 +5,29 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.distributed.runs import REPO
+from launch.runfile.load import load_run
+from qwen_dist.data.cache.prepare import prepare
+from qwen_dist.data.order.shard import plan_run
+from qwen_dist.report.metrics import read_metrics
+from qwen_dist.run_dir import RunDir
+from qwen_dist.train.checkpoint.manifest import committed
+from qwen_dist.train.checkpoint.state import read_state
+from qwen_dist.train.debugging.bench import NotFinite
+from qwen_dist.train.debugging.replay import replay
+from tests.distributed.runs import REPO, SMALL_QWEN3, engine_tensors, qwen_dist, step_metrics, write_run_file
 
 pytestmark = pytest.mark.distributed
 
@@ -97,3 +112,163 @@ def test_the_micro_batch_whose_gradient_is_not_finite_is_found(name: str, engine
         assert [(rank, number) for rank, number, _ in found] == [(1, 1), (1, 2)]
         assert all("q_proj" in what for _, _, what in found)
         assert rank[name]["not_located"] == 0 and rank[name]["located_changed"] == []
+
+
+POISONED_STEP, STEPS = 5, 7
+UNTIED = SMALL_QWEN3 | {"tie_word_embeddings": False}
+
+
+@dataclass(frozen=True)
+class Poison:
+    """A model whose embedding of one token is NaN, and the one sample of the first epoch that has the token."""
+
+    model: Path
+    place: str
+    rank: int
+
+
+@pytest.fixture(scope="module")
+def poison(tmp_path_factory: pytest.TempPathFactory) -> Poison:
+    folder = tmp_path_factory.mktemp("poison")
+    run = load_run(write_run_file(folder, "look", UNTIED, zero={"stage": 2})).run
+    data = prepare(run, "train")
+    plan = plan_run(run, data)
+    owners: dict[int, set[int]] = defaultdict(set)
+    for sample in range(data.num_samples):
+        for token in set(data.sample(sample)[0].tolist()):
+            owners[token].add(sample)
+    wanted = set(plan.samples_of(POISONED_STEP).tolist())
+    token, sample = next(
+        (token, *samples) for token, samples in sorted(owners.items()) if len(samples) == 1 and samples <= wanted
+    )
+    rank = next(rank for rank in (0, 1) if sample in np.concatenate(plan.packs_of(POISONED_STEP, rank, 2)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**UNTIED), dtype=torch.float32)
+    torch.manual_seed(0)
+    model.model.embed_tokens.weight.data[token] = math.nan
+    model.save_pretrained(folder / "model")
+    origin = data.origin(sample)
+    return Poison(folder / "model", f"train.jsonl:{origin['place']} (sample {sample})", rank)
+
+
+def poisoned_run(folder: Path, poison: Poison, name: str, **faults: object) -> Path:
+    return write_run_file(
+        folder,
+        name,
+        model={"path": str(poison.model)},
+        length={"epochs": 1, "max_steps": STEPS},
+        checkpoint={"every_steps": 3, "keep": 9},
+        zero={"stage": 3},
+        faults=faults,
+    )
+
+
+def faults_of(run_dir: Path) -> list[dict]:
+    return [entry for entry in read_metrics(run_dir / "metrics.jsonl") if "fault" in entry]
+
+
+def ledger_words(run_dir: Path) -> str:
+    command = [sys.executable, "-m", "qwen_dist.data.order.check_ledger", str(run_dir)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_nan_stops_is_named_can_be_replayed_and_passed_over(
+    tmp_path: Path, poison: Poison, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stop, and the same run resumed with skip, end bit for bit like a run that skipped from the first."""
+    run_file, stopped = poisoned_run(tmp_path, poison, "stopped"), tmp_path / "runs" / "stopped"
+    words = qwen_dist("train", str(run_file), expected_code=1)
+    assert "Traceback" not in words and "OVERFLOW" not in words
+    assert re.search(
+        rf"error: The loss of step 5 is nan: micro-batch \d of 2 on rank {poison.rank} \(loss nan\)", words
+    )
+    assert poison.place in words and "weights were not finite before it: model.embed_tokens.weight" in words
+    assert f"--replay {stopped} --step 5 --rank {poison.rank};" in words
+    assert list(step_metrics(stopped)) == [1, 2, 3, 4]
+
+    with pytest.raises(NotFinite):
+        replay(RunDir(stopped), POISONED_STEP, poison.rank, as_json=True)
+    assert "embed_tokens" in capsys.readouterr().out
+
+    words = qwen_dist("train", str(run_file), "faults.on_nonfinite=skip")
+    assert "The step makes no update (1 of at most 10 skipped steps)." in words
+    qwen_dist("train", str(poisoned_run(tmp_path, poison, "skipped", on_nonfinite="skip")))
+    skipped = tmp_path / "runs" / "skipped"
+    for run_dir in (stopped, skipped):
+        assert list(step_metrics(run_dir)) == [1, 2, 3, 4, 6, 7]
+        (fault,) = faults_of(run_dir)
+        assert (fault["step"], fault["fault"], fault["action"], fault["skipped_steps"]) == (5, "loss", "skip", 1)
+        assert re.search(r"6 samples|\d+ samples? of step 5 seen and not trained", ledger_words(run_dir))
+    assert_same_tensors(stopped, skipped, STEPS)
+    assert read_state(stopped / "checkpoints" / "step_00000007") == read_state(
+        skipped / "checkpoints" / "step_00000007"
+    )
+
+
+def test_nan_goes_back_and_passes_over_the_update_before_it(tmp_path: Path, poison: Poison) -> None:
+    words = qwen_dist("train", str(poisoned_run(tmp_path, poison, "back", on_nonfinite="rollback")))
+    run_dir = tmp_path / "runs" / "back"
+    assert "Back to the checkpoint of step 3; the data of step 4 and 5 is passed over (2 of at most 10" in words
+    assert list(step_metrics(run_dir)) == [1, 2, 3, 6, 7]
+    (fault,) = faults_of(run_dir)
+    assert (fault["step"], fault["fault_step"], fault["passed_over"]) == (3, 5, [4, 5])
+    assert "of step 4, 5 seen and not trained" in ledger_words(run_dir)
+    assert read_state(run_dir / "checkpoints" / "step_00000006").skipped_steps == (4, 5)
+
+
+def assert_same_tensors(first: Path, second: Path, step: int) -> None:
+    tensors, others = engine_tensors(first, step), engine_tensors(second, step)
+    assert tensors.keys() == others.keys() and tensors
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor.nan_to_num(), others[name].nan_to_num()), name
+        assert torch.equal(tensor.isfinite(), others[name].isfinite()), name
+
+
+def test_a_loss_that_jumps_goes_back_and_ends_when_too_much_is_skipped(tmp_path: Path) -> None:
+    """A learning rate far too high: the loss jumps about, the first jump is undone, and the second ends the run."""
+    run_file = write_run_file(
+        tmp_path,
+        "wild",
+        data={"max_tokens": 128, "too_long": "drop"},
+        batch={"packs_per_step": 2},
+        optim={"lr": 0.5, "warmup": 0.5},
+        length={"epochs": 9, "max_steps": 30},
+        checkpoint={"every_steps": 4, "keep": 20},
+        zero={"stage": 2},
+        faults={"on_spike": "rollback", "spike_factor": 1.01, "max_skipped_steps": 2},
+    )
+    words = qwen_dist("train", str(run_file), expected_code=1)
+    run_dir = tmp_path / "runs" / "wild"
+    (fault,) = faults_of(run_dir)
+    step = fault["fault_step"]
+    assert fault["passed_over"] == [step - 1, step] and fault["fault_loss"] > 1.01 * fault["median_loss"]
+    assert f"The loss of step {step} is" in words and f"Back to the checkpoint of step {fault['step']}" in words
+    assert fault["step"] < step - 1 and fault["step"] % 4 == 0
+    assert "faults.max_skipped_steps=2 leaves no room to pass over more steps." in words
+    assert not {step - 1, step} & step_metrics(run_dir).keys()
+
+    words = qwen_dist("train", str(run_file), "faults.on_spike=report")
+    assert "Training goes on (faults.on_spike)." in words
+    reported = [fault for fault in faults_of(run_dir) if fault["action"] == "report"]
+    assert all(fault["fault_step"] in step_metrics(run_dir) for fault in reported)
+    assert reported[-1]["spikes"] == 1 + len(reported) and reported[-1]["skipped_steps"] == 2
+    assert f"of step {step - 1}, {step} seen and not trained" in ledger_words(run_dir)
+
+
+def test_a_flipped_bit_stops_the_run_and_is_named(tmp_path: Path) -> None:
+    run_file = write_run_file(
+        tmp_path,
+        "flipped",
+        method=LORA,
+        zero={"stage": 2},
+        length={"epochs": 9, "max_steps": 12},
+        checkpoint={"every_steps": 4, "keep": 9},
+        faults={"compare_replicas_every_steps": 4},
+    )
+    qwen_dist("train", str(run_file), "--dry-run")
+    run_dir = tmp_path / "runs" / "flipped"
+    words = run_worker("flip_worker.py", str(run_dir), "1", "6", expected_code=1)
+    assert "Weights that all ranks must hold alike differ after step 8: ranks 0 and 1 differ in " in words
+    assert "layers.1.mlp.up_proj.base_layer.weight; suspect" in words and "Traceback" not in words
+    assert [folder.name for folder in committed(RunDir(run_dir))] == ["step_00000004"], "what is corrupt was saved"

@@ -16,7 +16,7 @@ import torch
 from qwen_dist.config import Run
 from qwen_dist.data.reading.rows import shown
 from qwen_dist.errors import RankFailed, UserError, counted
-from qwen_dist.layout import Layout
+from qwen_dist.layout import Layout, fields_of
 from qwen_dist.log import get_logger
 from qwen_dist.memory import memory_of
 from qwen_dist.shapes import model_shape
@@ -80,9 +80,10 @@ def told(job: Job, step: int, taken: StepInput, resting: int, error: str) -> str
     doing = where.phase
     if is_batch:
         batch = taken.batches[where.micro_batch]
+        samples = counted(len(batch.cu_seq_lens) - 1, "sample")
         doing = (
             f"{where.phase} of micro-batch {where.micro_batch + 1} of {len(taken.batches)} "
-            f"({batch.num_tokens:,} tokens in {counted(len(batch.cu_seq_lens) - 1, 'sample')}, the longest {batch.max_length:,})"
+            f"({batch.num_tokens:,} tokens in {samples}, the longest {batch.max_length:,})"
         )
     held = gpu_facts(job, resting, error) if is_cuda else None
     facts = gpu_words(held) if held is not None else host_words()
@@ -117,23 +118,19 @@ def gpu_facts(job: Job, resting: int, error: str) -> Held:
     free, total = torch.cuda.mem_get_info(device)
     step = torch.cuda.max_memory_allocated(device) - resting + asked_bytes(error)
     beside = total - free - torch.cuda.memory_reserved(device)
-    return Held(total, resting, step, beside, *planned(job.run, job.engine.world.world_size, job.engine.backend))
+    return Held(total, resting, step, beside, *planned(job.run, job.engine.world.world_size))
 
 
-def planned(run: Run, world_size: int, backend: str) -> tuple[int, int, int]:
+def planned(run: Run, world_size: int) -> tuple[int, int, int]:
     """(resting, most within a step beside that, beside torch) as planned; zeros for a model of unknown size."""
     try:
         shape = model_shape(run.model.path)
     except UserError:
         return 0, 0, 0
     layout = Layout(
-        method=run.method.kind,
-        precision=run.model.precision,
-        max_tokens=run.data.max_tokens,
+        **fields_of(run),
         nodes=run.cluster.nodes,
         gpus_per_node=max(1, world_size // run.cluster.nodes),
-        rank=run.method.rank,
-        targets=run.method.targets,
         stage=run.zero_stage,
         offload="none" if run.zero.offload == "auto" else run.zero.offload,
         on_nvme=run.zero.nvme_path is not None,
@@ -141,7 +138,7 @@ def planned(run: Run, world_size: int, backend: str) -> tuple[int, int, int]:
         recomputed_layers=run.num_recomputed(shape.num_layers),
         packs_per_micro_batch=run.packs_per_micro_batch,
     )
-    memory = memory_of(shape, layout, is_flash=backend not in ("sdpa", "eager"))
+    memory = memory_of(shape, layout)
     rest, peak = memory.gpu["rest"], memory.gpu[memory.peak_moment]
     resting = rest.total - rest.workspace - rest.margin
     return resting, peak.total - peak.workspace - peak.margin - resting, rest.workspace
