@@ -10,6 +10,7 @@ import click
 
 from qwen_dist import __version__
 from qwen_dist.errors import EXIT_USAGE, UserError, did_you_mean
+from qwen_dist.processes import forbid_others_to_write
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
@@ -79,6 +80,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Exit codes: 0 done, 1 run failed, 2 wrong usage or config, 3 environment not ready, 75 stopped early and
     resumable, 130 interrupted.
     """
+    forbid_others_to_write()
     try:
         code = group.main(args, prog_name="qwen-dist", standalone_mode=False)
     except UserError as error:

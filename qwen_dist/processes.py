@@ -27,3 +27,8 @@ def is_alive(name: str) -> bool:
     """Whether the process with this name is there."""
     pid, _, start = name.partition(" ")
     return pid.isdigit() and str(process_start(int(pid))) == start
+
+
+def forbid_others_to_write() -> None:
+    """Whatever the umask: no file that this process or its children make from now on can be written by everybody."""
+    os.umask(os.umask(0o077) | 0o002)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
 from qwen_dist.log import start_logging
+from qwen_dist.processes import forbid_others_to_write
 
 
 class Stopped(BaseException):
@@ -73,6 +74,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 if __name__ == "__main__":
+    forbid_others_to_write()
     for stop_signal in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(stop_signal, _stop)
     try:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from qwen_dist.errors import EXIT_USAGE
+from qwen_dist.processes import forbid_others_to_write
 from qwen_dist.train.allocator import let_segments_grow
 from qwen_dist.train.orphan import end_with_launcher
 from qwen_dist.train.signals import StopRequest
@@ -28,6 +29,7 @@ if __name__ == "__main__":
     if len(arguments) != 1:
         print("usage: python -m qwen_dist.train RUN_DIR", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+    forbid_others_to_write()
     # Before the imports, which take seconds: a stop in them is kept, a launcher that is killed in them is seen.
     end_with_launcher(os.environ)
     stop = StopRequest().listen()

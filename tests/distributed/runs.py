@@ -72,11 +72,12 @@ def write_weights(folder: Path) -> Path:
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    """`qwen-dist ARGUMENTS` in the background, its output kept."""
+    """`qwen-dist ARGUMENTS` in the background, its output kept; under a umask that forbids nothing."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("QWEN_DIST_")}
     return subprocess.Popen(
-        [CLI, *arguments], cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [CLI, *arguments], cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        umask=0,
+    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen, expected_code: int = 0, timeout_s: float = 300) -> str:

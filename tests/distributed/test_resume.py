@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,8 @@ def test_term_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert_ledger(stopped, num_attempts=2)
     assert_tracked(stopped)
     assert "is finished" in qwen_dist("train", str(stopped_file)), "a finished run is not trained again"
+    paths = [stopped, *stopped.rglob("*")]
+    assert not [path for path in paths if path.lstat().st_mode & stat.S_IWOTH and not path.is_symlink()]
 
 
 def assert_tracked(run_dir: Path) -> None:

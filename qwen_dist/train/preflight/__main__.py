@@ -5,6 +5,8 @@ import json
 import os
 import sys
 
+from qwen_dist.processes import forbid_others_to_write
+
 
 def arguments() -> argparse.Namespace:
     """The command line, checked."""
@@ -37,6 +39,7 @@ def run() -> int:
 
 
 if __name__ == "__main__":
+    forbid_others_to_write()
     code = run()
     sys.stdout.flush()
     sys.stderr.flush()
