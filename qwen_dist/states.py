@@ -177,7 +177,7 @@ def _zero3(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
     large = max(size for size, _ in every)
     is_away, is_offloaded = layout.offload == "all", layout.offload != "none"
     # Small parameters stay whole on every rank (`mark_persistent_parameters`). A single rank gathers nothing.
-    whole = element * total(small) if ranks > 1 or is_away else 0
+    whole = element * ranks * sharded(small, ranks) if ranks > 1 or is_away else 0  # padding is gathered, too
     weights = whole + (0 if is_away else element * (shard + frozen))
     gathered = min(total(every), sizes.max_live + large) if ranks > 1 or is_away else 0
     copy = element * sharded(every, layout.gpus_per_node) if layout.hpz else 0  # `ds_secondary_tensor`

@@ -46,8 +46,9 @@ def weigh(run: Run, folder: Path, world: World) -> dict[str, int]:
     ds_config = deepspeed_config(run, torch.distributed.get_world_size())
     model: torch.nn.Module = build_model(run, ds_config)
     if run.method.has_adapters:
-        model = add_adapters(model, run.method, run.seed)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, run.optim), config=ds_config)
+        model = add_adapters(model, run.method, run.seed, ds_config)
+    optimizer = make_optimizer(model, run.optim, run.method.lr_ratio_b)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     engine.train()
     gathered = watch_gathered(list(engine.module.parameters())) if run.zero_stage == 3 else [0]
     for _ in range(3):  # ZeRO-3 records the first step's order, and reads ahead by it from the second

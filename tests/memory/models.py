@@ -27,7 +27,7 @@ from qwen_dist.shapes import ModelShape
 from qwen_dist.train.model.kernels import use_lean
 from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.model.losses import add_losses
-from qwen_dist.train.model.recompute import recompute_layers
+from qwen_dist.train.model.recompute import least_inner_of, recompute_layers
 
 
 class _Flash(torch.autograd.Function):
@@ -91,10 +91,13 @@ def model_of(shape: ModelShape, layout: Layout) -> torch.nn.Module:
         model.tie_weights()
         use_lean(model)
         if layout.method != "full":
-            model = add_adapters(model, Method(kind="lora", rank=layout.rank, targets=layout.targets), 0)
+            method = Method(kind="lora", rank=layout.rank, targets=layout.targets, dora=layout.dora)
+            model = add_adapters(model, method, 0)
             model.to(dtype)  # as they are beside real weights; peft leaves those beside meta ones as made, in fp32
     add_losses(model)
-    recompute_layers(model, layout.recomputed_layers)
+    kind = "selective" if layout.is_selective else "layer"
+    rank = layout.rank if layout.method != "full" else 0
+    recompute_layers(model, layout.recomputed_layers, kind, least_inner_of(shape.head_dim, rank))
     return model.train()
 
 

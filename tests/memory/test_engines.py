@@ -33,6 +33,9 @@ CASES = {
     "ZeRO-3, full, all recomputed": (3, "none", "full", 12),
     "ZeRO-3, full, optimizer offloaded": (3, "optimizer", "full", 0),
     "ZeRO-3, lora": (3, "none", "lora", 0),
+    "ZeRO-2, full, moments in 8 bits": (2, "none", "full 8bit", 0),
+    "ZeRO-2, DoRA and LoRA+, moments in 8 bits": (2, "none", "lora 8bit", 0),
+    "ZeRO-3, DoRA and LoRA+, moments in 8 bits": (3, "none", "lora 8bit", 0),
 }
 
 
@@ -56,11 +59,14 @@ def weighed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str
 
 
 def run_of(folder: Path, stage: int, offload: str, method: str, recomputed: int) -> dict[str, Any]:
-    adapters = {} if method == "full" else {"rank": RANK}
+    kind, _, is_8bit = method.partition(" ")
+    adapters = {} if kind == "full" else {"rank": RANK}
+    adapters |= {"dora": True, "lr_ratio_b": 16} if adapters and is_8bit else {}
     return {
         "name": "weighed",
         "model": {"path": str(folder / "config.json"), "activation_checkpointing": recomputed},
-        "method": {"kind": method, **adapters},
+        "method": {"kind": kind, **adapters},
+        "optim": {"kind": "adamw_8bit" if is_8bit else "adamw"},
         "data": {"train": [{"path": "unused.jsonl"}]},
         "batch": {"packs_per_step": 2, "packs_per_micro_batch": 1},
         "zero": {"stage": stage, "offload": offload, "hpz": False},
@@ -69,9 +75,11 @@ def run_of(folder: Path, stage: int, offload: str, method: str, recomputed: int)
 
 
 def layout_of(stage: int, offload: str, method: str, recomputed: int) -> Layout:
+    kind, _, is_8bit = method.partition(" ")
     return Layout(
-        method, "bf16", 48, nodes=1, gpus_per_node=2, rank=RANK, stage=stage, offload=offload,
-        recomputed_layers=recomputed,
+        kind, "bf16", 48, nodes=1, gpus_per_node=2, rank=RANK, stage=stage, offload=offload,
+        recomputed_layers=recomputed, has_8bit_moments=bool(is_8bit), dora=method == "lora 8bit",
+        has_own_rate_b=method == "lora 8bit",
     )  # fmt: skip
 
 
@@ -86,7 +94,8 @@ def test_a_rank_holds_what_was_counted(case: str, weighed: list[dict[str, dict[s
     for found in (rank[case] for rank in weighed):
         assert found["weights"] == states.weights
         assert found["masters"] == 4 * states.shard_elements
-        assert found["moments"] == 8 * states.shard_elements
+        assert found["moments"] == states.moments
+        assert ("8 bits" in case) == (states.moments < 2.2 * states.shard_elements)
         assert found["gradients"] == 4 * states.shard_elements
         if offload == "none":
             assert states.optimizer == found["masters"] + found["moments"]

@@ -41,6 +41,8 @@ CASES = {
     "qwen2.5-14b, lora of keys, ZeRO-2, 7": (  # a seventh of its adapters is an odd number
         "qwen2.5-14b", replace(LORA, stage=2, gpus_per_node=7, targets=("k_proj",), rank=3),
     ),
+    "qwen3-14b, DoRA, LoRA+, ZeRO-2, 8": ("qwen3-14b", replace(LORA, stage=2, dora=True, has_own_rate_b=True)),
+    "qwen2.5-14b, DoRA, ZeRO-3, 7": ("qwen2.5-14b", replace(LORA, gpus_per_node=7, dora=True)),
     "qwen3-0.6b, ZeRO-2, 3": ("qwen3-0.6b", replace(FULL, stage=2, gpus_per_node=3)),
     "qwen3-0.6b, ZeRO-3, 64": ("qwen3-0.6b", replace(FULL, nodes=8)),
     "qwen3-4b, fp32, ZeRO-3, 2": ("qwen3-4b", replace(FULL, precision="fp32", gpus_per_node=2)),
@@ -50,25 +52,26 @@ CASES = {
 
 
 @functools.cache
-def parameters(shape: ModelShape, method: str, precision: str, rank: int, targets: tuple[str, ...]) -> Parameters:
+def parameters(shape: ModelShape, layout: Layout) -> Parameters:
     """Of the real model with its adapters: (elements, bytes of each) of every parameter, and of each trained group."""
-    layout = replace(FULL, method=method, precision=precision, rank=rank, targets=targets)
     model = model_of(shape, layout)
-    groups = [group["params"] for group in parameter_groups(model, Optim().weight_decay)]
+    ratio = 16 if layout.has_own_rate_b else 1
+    groups = [group["params"] for group in parameter_groups(model, Optim().weight_decay, ratio)]
     every = [(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
     return every, [[p.numel() for p in group] for group in groups]
 
 
 def counted(shape: ModelShape, layout: Layout) -> tuple[int, int, int]:
     """Bytes of (weights, fp32 gradients, optimizer) on a rank: tensor by tensor of the real model and adapters."""
-    every, groups = parameters(shape, layout.method, layout.precision, layout.rank, layout.targets)
+    every, groups = parameters(shape, replace(layout, stage=3, nodes=1, gpus_per_node=1))
     element, ranks = every[0][1], layout.world_size
     if layout.stage == 2:
         shards = [math.ceil(sum(group) / (2 * ranks)) * 2 for group in groups]
         weights = element * (sum(size for size, _, is_trained in every if not is_trained) + ranks * sum(shards))
     else:
         sizes = bucket_sizes(shape.hidden_size, shape.layer_parameters, max(size for size, *_ in every), ranks)
-        whole = sum(size for size, *_ in every if size <= sizes.persistence_threshold and ranks > 1)
+        small = [size for size, *_ in every if size <= sizes.persistence_threshold and ranks > 1]
+        whole = sum(math.ceil(size / ranks) * ranks for size in small)
         shards = [sum(math.ceil(size / ranks) for size in group) for group in groups]
         weights = element * (sum(math.ceil(size / ranks) for size, *_ in every) + whole)
     masters = 0 if layout.precision == "fp32" and layout.stage == 3 else 4
