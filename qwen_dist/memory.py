@@ -183,8 +183,8 @@ def _hosts(shape: ModelShape, layout: Layout, states: States) -> dict[str, Parts
     # ZeRO-3: rank 0 reads the whole model (`load_state_dict`, transformers 5.23), each rank its shard once more to
     # make it contiguous (`defragment`, zero/utils.py). ZeRO-2 reads straight onto the GPU.
     reading = whole + processes * states.shard_bytes if layout.stage == 3 else 0
-    merged = FP32 * shape.num_parameters if layout.method == "full" and layout.stage == 2 else 0
-    adapters = 2 * FP32 * states.trained_parameters if layout.method != "full" else 0
+    # Masters are copied into the model from mapped files; adapters stay fp32 beside it.
+    adapters = FP32 * states.trained_parameters if layout.method != "full" else 0
     return {
         "load": Parts(**(train.as_dict() | {"weights": train.weights + reading})),
         "train": train,
