@@ -25,7 +25,6 @@ pytestmark = pytest.mark.distributed
 FP32 = {"precision": "fp32"}
 SAVED = {"every_steps": 2, "keep": 9}
 STEPS = {"epochs": 9, "max_steps": 4}
-LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +72,6 @@ def test_the_replays_of_all_ranks_add_up_to_the_recorded_loss(
     assert math.isfinite(later["step"]["loss"])
     about = replayed(full, 2, 0, capsys)[0]["about"]
     assert about["weights"] == "initial, no checkpoint is that old; the step itself had later ones"
-
-
-def test_dropout_falls_where_it_fell_then(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], torch_as_before: None
-) -> None:
-    sections = {"method": LORA, "model": FP32, "checkpoint": SAVED, "length": STEPS, "zero": {"stage": 2}}
-    qwen_dist("train", str(write_run_file(tmp_path, "run", cluster={"gpus_per_node": 1}, **sections)))
-    run_dir = tmp_path / "runs" / "run"
-    *_, found = replayed(run_dir, 3, 0, capsys)
-    recorded = step_metrics(run_dir)[3]
-    assert found["step"]["loss"] == pytest.approx(recorded["loss"], rel=1e-5)
-    assert found["step"]["gradient_norm"] == pytest.approx(recorded["grad_norm"], rel=1e-4)
 
 
 def test_a_replay_is_shown_and_leaves_the_run_as_it_is(full: Path) -> None:
