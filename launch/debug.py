@@ -15,7 +15,7 @@ from types import FrameType
 from launch.gpus import gpus_of, visible_gpus
 from launch.hosts import inherited_environment, processes_per_node, trainer_environment
 from launch.plan.choose import choose
-from launch.plan.machine import computes_flash_attention, hardware_of
+from launch.plan.machine import hardware_of
 from launch.planner import question_of, resolved
 from launch.runfile.load import COMMAND_LINE, Loaded, load_run
 from launch.zero import deepspeed_config
@@ -178,7 +178,7 @@ def planned_here(run: Run) -> Run:
 
     Where no layout fits, nothing is offloaded: the trainer's side tells how much is lacking, and may cut layers.
     """
-    choice = choose(question_of(run, hardware_of(run, 1), is_flash=computes_flash_attention(run)))
+    choice = choose(question_of(run, hardware_of(run, 1)))
     if choice is not None:
         return resolved(run, choice.chosen.layout)
     stage, offload = (2 if run.zero.stage == "auto" else run.zero.stage), run.zero.offload

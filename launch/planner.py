@@ -111,7 +111,6 @@ def question_of(
     run: Run,
     hardware: Hardware,
     counts: DataCounts | None = None,
-    is_flash: bool = True,
     measured: Measured | None = None,
 ) -> Question:
     """What to choose a layout for; without counts, packs are full and hold one sample each, all of it trained.
@@ -127,25 +126,22 @@ def question_of(
         pack = min(max_tokens, counts.tokens / counts.packs_per_epoch[0])
         sample = min(pack, counts.tokens / max(1, counts.samples))
         share = counts.supervised_tokens / counts.tokens
-    return Question(run, model_shape(run.model.path), hardware, pack, sample, share, is_flash, measured)
+    return Question(run, model_shape(run.model.path), hardware, pack, sample, share, measured)
 
 
-def make_plan(
-    run: Run, hardware: Hardware, counts: DataCounts, is_flash: bool = True, measured: Measured | None = None
-) -> Plan:
+def make_plan(run: Run, hardware: Hardware, counts: DataCounts, measured: Measured | None = None) -> Plan:
     """The plan of `run`.
 
     Args:
         run: the run.
         hardware: its machines.
         counts: its training data.
-        is_flash: whether flash attention computes.
         measured: of a probe.
 
     Raises:
         UserError: the batch does not divide over the processes, or nothing fits; says what would.
     """
-    question = question_of(run, hardware, counts, is_flash, measured)
+    question = question_of(run, hardware, counts, measured)
     choice = require_choice(question)
     planned = resolved(run, choice.chosen.layout)
     batch = plan_batch(run.batch.packs_per_step, hardware.world_size, planned.packs_per_micro_batch)

@@ -19,7 +19,7 @@ from launch.hosts import (
 )
 from launch.plan.corrected import corrected_plan
 from launch.plan.data_counts import exact_counts, quick_counts
-from launch.plan.machine import computes_flash_attention, hardware_of
+from launch.plan.machine import hardware_of
 from launch.planner import DataCounts, Plan, question_of, require_choice, resolved
 from launch.prepare_data import prepare_shown
 from launch.record import make_record
@@ -105,9 +105,9 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
     world_size = world_size_of(loaded.run, per_node)
     run = with_recorded_choice(found, loaded.run, world_size)
     kind = decide(found, run, run_dir.path, world_size)
-    hardware, is_flash = hardware_of(run, per_node), computes_flash_attention(run)
+    hardware = hardware_of(run, per_node)
     # What does not fit, and what DeepSpeed cannot do, is refused before the data is tokenized.
-    choice = require_choice(question_of(run, hardware, is_flash=is_flash))
+    choice = require_choice(question_of(run, hardware))
     deepspeed_config(resolved(run, choice.chosen.layout), world_size, per_node)
     files: dict[str, Any] = {}
     elsewhere: list[list[str]] = []
@@ -126,7 +126,7 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
     before = found.record if kind == "resume" else None
     if before is not None:
         check_data(before, data.fingerprints, run_dir.path)
-    plan = corrected_plan(run, hardware, data.numbers, is_flash)
+    plan = corrected_plan(run, hardware, data.numbers)
     record = make_record(_as_planned(loaded, plan), data.fingerprints, data.counts, before)
     files |= {
         run_dir.run_json.name: record,

@@ -55,23 +55,22 @@ def element_bytes(layout: Layout) -> int:
     return 2 if layout.precision == "bf16" else FP32
 
 
-def activations_of(shape: ModelShape, layout: Layout, supervised_share: float, is_flash: bool = True) -> Activations:
+def activations_of(shape: ModelShape, layout: Layout, supervised_share: float) -> Activations:
     """What the activations of a micro-batch take.
 
     Args:
         shape: of the model.
         layout: of the run; the first `recomputed_layers` layers are recomputed.
         supervised_share: trained tokens of all tokens.
-        is_flash: flash attention; else sdpa with a mask of T x T.
     """
     tokens, element, hidden = layout.tokens_per_micro_batch, element_bytes(layout), shape.hidden_size
     trained = max(1, round(supervised_share * tokens))
     recomputed = min(layout.recomputed_layers, shape.num_layers)
-    layer, last = (layer_bytes(shape, layout, is_flash, rows) for rows in (None, trained))
+    layer, last = (layer_bytes(shape, layout, rows) for rows in (None, trained))
     checkpoint, norm_bytes = element * hidden * tokens, _norm_bytes_token(shape, layout)
     around = trained * norm_bytes + tokens * _around_bytes_token(shape, layout)
-    if not is_flash:
-        around += tokens * tokens  # the mask itself, one byte a pair
+    if layout.attention == "eager":
+        around += element * tokens * tokens  # its mask
     is_last_kept = recomputed < shape.num_layers
     kept = recomputed * checkpoint + (shape.num_layers - recomputed) * layer + around
     kept += last - layer if is_last_kept else 0
@@ -85,6 +84,9 @@ def activations_of(shape: ModelShape, layout: Layout, supervised_share: float, i
     rope = tokens * _rope_bytes_token(shape, layout)
     if recomputed < shape.num_layers - 1:
         backward = max(backward, kept - last - trained * norm_bytes + tokens * mlp)
+    if layout.attention == "eager":  # the gradient of the scores, rounded and in fp32
+        kept_last = kept if is_last_kept else recomputed * checkpoint + last
+        backward = max(backward, kept_last + (FP32 + element) * shape.num_heads * tokens * tokens)
     if not is_last_kept:
         backward = max(backward, recomputed * checkpoint + last + rope + trained * mlp)
     if recomputed:
@@ -106,25 +108,24 @@ def _loss_bytes(shape: ModelShape, layout: Layout, trained: int) -> tuple[int, i
     return 2 * hidden + chunk + head_sum, hidden + head
 
 
-def layer_bytes(shape: ModelShape, layout: Layout, is_flash: bool = True, rows: int | None = None) -> int:
+def layer_bytes(shape: ModelShape, layout: Layout, rows: int | None = None) -> int:
     """What one decoder layer keeps of T tokens when it is not recomputed.
 
     Args:
         rows: of them go on after the attention; only in the last layer are these fewer than all.
     """
     tokens = layout.tokens_per_micro_batch
-    before = _attention_bytes_token(shape, layout, is_flash) + _norm_bytes_token(shape, layout)
+    before = _attention_bytes_token(shape, layout) + _norm_bytes_token(shape, layout)
     after = _mlp_bytes_token(shape, layout) + _norm_bytes_token(shape, layout)
     if layout.method != "full":
         adapted = [name for name in shape.layer_linears if name in layout.targets]
         of_attention = sum(name in ("q_proj", "k_proj", "v_proj") for name in adapted)
         before += element_bytes(layout) * layout.rank * of_attention
         after += element_bytes(layout) * layout.rank * (len(adapted) - of_attention)
-    if rows is not None and _keeps_input(layout, ("o_proj",)):
-        after += element_bytes(layout) * shape.query_size  # the chosen rows; all of them are what attention keeps
-    # sdpa turns the boolean mask into one of the activations' type, anew in each layer, and keeps it.
-    mask = 0 if is_flash else element_bytes(layout) * tokens * tokens
-    return tokens * before + (tokens if rows is None else rows) * after + mask
+    # The attention's output, of the chosen rows, or of samples that were computed apart; of all rows flash keeps it.
+    if (rows is not None or layout.attention != "flash") and _keeps_input(layout, ("o_proj",)):
+        after += element_bytes(layout) * shape.query_size
+    return tokens * before + (tokens if rows is None else rows) * after
 
 
 def _norm_bytes_token(shape: ModelShape, layout: Layout) -> int:
@@ -132,14 +133,19 @@ def _norm_bytes_token(shape: ModelShape, layout: Layout) -> int:
     return element_bytes(layout) * shape.hidden_size + FP32
 
 
-def _attention_bytes_token(shape: ModelShape, layout: Layout, is_flash: bool) -> int:
+def _attention_bytes_token(shape: ModelShape, layout: Layout) -> int:
     element, query, kv = element_bytes(layout), shape.query_size, shape.kv_size
     heads = shape.num_heads + shape.num_kv_heads
     size = element * shape.hidden_size if _keeps_input(layout, ("q_proj", "k_proj", "v_proj")) else 0
     if shape.has_qk_norm:
         size += element * (query + kv) + FP32 * heads
-    # Queries, keys, values, output, log-sum-exp of each head; without flash, keys and values repeated for each query.
-    return size + element * (2 * query + 2 * (kv if is_flash else query)) + FP32 * shape.num_heads
+    if layout.attention == "eager":  # queries, keys and values repeated for each, probabilities in fp32 and rounded
+        rounded = element if element != FP32 else 0
+        return size + element * 3 * query + shape.num_heads * layout.tokens_per_micro_batch * (FP32 + rounded)
+    # On a GPU only kernels without fp32 know keys that several queries share (qwen_dist/train/model/packed.py).
+    keys = query if layout.attention == "sdpa" and element == FP32 else kv
+    # Queries, keys, values, output, log-sum-exp of each head.
+    return size + element * (2 * query + 2 * keys) + FP32 * shape.num_heads
 
 
 def _mlp_bytes_token(shape: ModelShape, layout: Layout) -> int:

@@ -135,6 +135,21 @@ def choose_kernels(asked: str, device: str, model_type: str | None, installed: M
     return "liger", f"liger-kernel {version} is installed"
 
 
+def kept_attention(asked: str, device: str, precision: str) -> str:
+    """What attention keeps for backward, as `Layout.attention` names it.
+
+    Args:
+        asked, precision: of the section `model` of the run.
+        device: `cluster.device` of the run.
+
+    Returns:
+        "flash": flash-attn and varlen; "sdpa": sample by sample; "eager": scores of all pairs.
+    """
+    if asked == "eager":
+        return asked
+    return "sdpa" if asked == "sdpa" or device == "cpu" or precision != "bf16" else "flash"
+
+
 def faster_attention(backend: str, capability: Capability | None) -> str | None:
     """How to get a faster backend than the one in force; None: there is none for this GPU."""
     if backend not in ("varlen", "sdpa", "flash_attention_2") or capability is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qwen_dist.backends import kept_attention
 from qwen_dist.config import LINEAR_LAYERS, Run
 
 
@@ -27,6 +28,7 @@ class Layout:
         is_selective: of those, matrix products and attention do not run again: their results are kept.
         offload_activations: what layers keep for backward lies in host memory.
         packs_per_micro_batch: packs that a GPU computes at one time.
+        attention: what it keeps: as flash, as sdpa sample by sample, or as eager, the scores of all pairs of tokens.
     """
 
     method: str
@@ -47,6 +49,7 @@ class Layout:
     has_8bit_moments: bool = False
     is_selective: bool = False
     offload_activations: bool = False
+    attention: str = "flash"
 
     @property
     def world_size(self) -> int:
@@ -72,4 +75,5 @@ def fields_of(run: Run) -> dict[str, Any]:
         "has_8bit_moments": run.optim.kind == "adamw_8bit",
         "is_selective": run.model.recompute == "selective",
         "offload_activations": run.model.offload_activations,
+        "attention": kept_attention(run.model.attention, run.cluster.device, run.model.precision),
     }

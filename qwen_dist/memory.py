@@ -119,17 +119,16 @@ class Memory:
         return max(self.hosts[moment].total for moment in ("load", "train", "save"))
 
 
-def memory_of(shape: ModelShape, layout: Layout, supervised_share: float = 1.0, is_flash: bool = True) -> Memory:
+def memory_of(shape: ModelShape, layout: Layout, supervised_share: float = 1.0) -> Memory:
     """What a run takes.
 
     Args:
         shape: of the model.
         layout: how it lies on its GPUs.
         supervised_share: trained tokens of all tokens of a micro-batch.
-        is_flash: flash attention; else sdpa with a mask.
     """
     states = states_of(shape, layout)
-    activations = activations_of(shape, layout, supervised_share, is_flash)
+    activations = activations_of(shape, layout, supervised_share)
     gpu = {moment: _with_overhead(layout, parts) for moment, parts in _moments(states, activations).items()}
     hosts = MappingProxyType(_hosts(shape, layout, states))
     copy = 0 if layout.on_nvme else layout.gpus_per_node * (FP32 * states.shard_elements + states.moments)
@@ -189,7 +188,7 @@ def _hosts(shape: ModelShape, layout: Layout, states: States) -> dict[str, Parts
         "load": Parts(**(train.as_dict() | {"weights": train.weights + reading})),
         "train": train,
         "save": train,
-        "export": Parts(weights=whole + merged + adapters, workspace=PROCESS_BYTES),
+        "export": Parts(weights=whole + adapters, workspace=PROCESS_BYTES),
     }
 
 

@@ -35,7 +35,6 @@ class Question:
         pack_tokens: tokens of an average pack.
         sample_tokens: tokens of an average sample.
         supervised_share: of all tokens, those that are trained.
-        is_flash: whether flash attention computes; else sdpa with a mask, over whole micro-batches.
         measured: of a probe, or None.
     """
 
@@ -45,7 +44,6 @@ class Question:
     pack_tokens: float
     sample_tokens: float
     supervised_share: float
-    is_flash: bool = True
     measured: Measured | None = None
 
     @property
@@ -164,7 +162,7 @@ def least_recompute(question: Question, layout: Layout) -> Option:
 
 def evaluated(question: Question, layout: Layout) -> Option:
     """What `layout` needs, and how long its step takes."""
-    memory = _memory_of(question.shape, layout, 1.0, question.is_flash)  # a pack may be trained on as a whole
+    memory = _memory_of(question.shape, layout, 1.0)  # a pack may be trained on as a whole
     if question.measured is not None:
         memory = corrected(memory, question.measured)
     memory = with_background_saves(question, memory)
@@ -177,9 +175,9 @@ def evaluated(question: Question, layout: Layout) -> Option:
 def work_of(question: Question, layout: Layout) -> Work:
     """What a step of `layout` has to do."""
     accumulation = max(1, question.packs_per_process // layout.packs_per_micro_batch)
-    # With a mask nothing is left out: neither other samples nor what comes after.
+    # Eager leaves nothing out: neither other samples nor what comes after.
     masked = 2 * layout.packs_per_micro_batch * question.pack_tokens
-    attended = question.sample_tokens if question.is_flash else masked
+    attended = masked if layout.attention == "eager" else question.sample_tokens
     return Work(accumulation, question.pack_tokens, attended, question.supervised_share)
 
 

@@ -16,22 +16,20 @@ from qwen_dist.layout import Layout
 Ask = Callable[[Question, Layout], Probed | None]
 
 
-def corrected_plan(
-    run: Run, hardware: Hardware, counts: DataCounts, is_flash: bool = True, ask: Ask = kept_probe
-) -> Plan:
+def corrected_plan(run: Run, hardware: Hardware, counts: DataCounts, ask: Ask = kept_probe) -> Plan:
     """`make_plan`, and made anew with what a probe measured of its layout.
 
     Args:
-        run, hardware, counts, is_flash: as for `make_plan`.
+        run, hardware, counts: as for `make_plan`.
         ask: what was measured: `kept_probe` looks for it, `run_probe` measures.
 
     Raises:
         UserError: as `make_plan`, or the probe.
     """
-    plan = make_plan(run, hardware, counts, is_flash)
-    question = question_of(run, hardware, counts, is_flash)
+    plan = make_plan(run, hardware, counts)
+    question = question_of(run, hardware, counts)
     probed = ask(question, plan.chosen.layout)
     if probed is None:
         return plan
-    corrected = make_plan(run, hardware, counts, is_flash, probed.measured)
+    corrected = make_plan(run, hardware, counts, probed.measured)
     return replace(corrected, correction=Correction(probed, modelled_rate(question, corrected.chosen.layout)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -49,41 +48,12 @@ def hardware_of(run: Run, per_node: int) -> Hardware:
     if nodes > 1 and not network:
         network = assumed_network(gpu, per_node)
         assumed.append(f"{network / GB:g} GB/s from machine to machine (cluster.network_gb_s)")
-    if gpu is not None:
-        assumed += _about_flash(run)
     return Hardware(gpu, nodes, per_node, host_bytes, network, tuple(assumed))
 
 
 def assumed_network(gpu: Gpu | None, per_node: int) -> float:
     """Bytes/s that a machine is taken to send to the others."""
     return per_node * PORT_BYTES_S if gpu and gpu.has_nvlink else SINGLE_PORT_BYTES_S
-
-
-def computes_flash_attention(run: Run) -> bool:
-    """Whether flash attention will compute, as `qwen_dist/train/attention.py` chooses; else sdpa, with a mask.
-
-    A batch job and machines over ssh run this interpreter; a container has its own, which is taken to have it.
-    """
-    if run.cluster.device == "cpu" or run.model.attention in ("sdpa", "eager"):
-        return False
-    return run.model.attention == "flash_attention_2" or _has_flash() or _is_elsewhere(run)
-
-
-def _about_flash(run: Run) -> list[str]:
-    if run.model.attention != "auto" or _has_flash():
-        return []
-    if _is_elsewhere(run):
-        return ["flash-attn is installed there"]
-    return ["no flash-attn, as here: more memory and time"]
-
-
-def _has_flash() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
-
-
-def _is_elsewhere(run: Run) -> bool:
-    """Whether another environment than this one will compute: an image, or a machine that has GPUs."""
-    return run.cluster.container is not None or (run.cluster.kind == "local" and not seen_gpus())
 
 
 def _gpu_of(run: Run, seen: Mapping[str, int], assumed: list[str]) -> Gpu:

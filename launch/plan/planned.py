@@ -9,7 +9,7 @@ from launch.hosts import processes_per_node, world_size_of
 from launch.plan.choose import Question, choose
 from launch.plan.corrected import Ask, corrected_plan
 from launch.plan.data_counts import quick_counts
-from launch.plan.machine import computes_flash_attention, hardware_of
+from launch.plan.machine import hardware_of
 from launch.plan.probe import kept_probe
 from launch.planner import Plan, question_of, require_choice
 from qwen_dist.batch_math import plan_batch
@@ -31,19 +31,19 @@ def planned(run: Run, ask: Ask = kept_probe) -> tuple[Plan, Question]:
     is_told = run.cluster.kind == "local" and wanted != "auto"
     per_node = int(wanted) if is_told else processes_per_node(run, len(gpus_of(run)))
     plan_batch(run.batch.packs_per_step, world_size_of(run, per_node))
-    hardware, is_flash = hardware_of(run, per_node), computes_flash_attention(run)
-    require_choice(question_of(run, hardware, is_flash=is_flash))
+    hardware = hardware_of(run, per_node)
+    require_choice(question_of(run, hardware))
     counts = quick_counts(run)
-    plan = corrected_plan(run, hardware, counts, is_flash, ask)
+    plan = corrected_plan(run, hardware, counts, ask)
     measured = plan.correction.probed.measured if plan.correction else None
-    return plan, question_of(run, hardware, counts, is_flash, measured)
+    return plan, question_of(run, hardware, counts, measured)
 
 
 def likely_stage(run: Run, world_size: int) -> int:
     """The ZeRO stage that a plan would choose on so many processes; where none can be made, `run.zero_stage`."""
     try:
         hardware = replace(hardware_of(run, world_size), nodes=1)
-        choice = choose(question_of(run, hardware, is_flash=computes_flash_attention(run)))
+        choice = choose(question_of(run, hardware))
     except UserError:
         return run.zero_stage
     return choice.chosen.layout.stage if choice else run.zero_stage

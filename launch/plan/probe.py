@@ -7,7 +7,6 @@ corrects later plans that ask the same.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -25,6 +24,7 @@ from launch.plan.choose import Question, work_of
 from launch.plan.machine import seen_gpus
 from launch.plan.probe_math import Depth, depths_that_fit, measured_of
 from launch.zero import deepspeed_config
+from qwen_dist import backends
 from qwen_dist.config import Batch, Run, Zero
 from qwen_dist.errors import EnvironmentNotReady, RunFailed, UserError, counted
 from qwen_dist.hardware import Hardware, Measured, gpu_named
@@ -36,7 +36,7 @@ PROBE_MODULE = "qwen_dist.train.probe"
 TIMEOUT_S = 1800  # of a 14B model 8 layers take about a minute, most of it for their random weights
 KILLED_BY_KERNEL = -9
 # What decides how a step is computed.
-PACKAGES = ("qwen-dist", "torch", "transformers", "deepspeed", "peft", "flash-attn", "bitsandbytes")
+PACKAGES = ("qwen-dist", "torch", "transformers", "deepspeed", "peft", "bitsandbytes", *backends.PACKAGES)
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,6 @@ def _require_device(question: Question) -> None:
             f"The plan is for {gpu.name}, and this machine has {here[0]}; measure on a machine with {gpu.name}, or "
             f"set cluster.gpu={here[0]}."
         )
-    if question.is_flash and importlib.util.find_spec("flash_attn") is None:
-        raise EnvironmentNotReady(
-            "The plan is for flash attention, and flash-attn is not installed here; measure where it is, or set "
-            "model.attention=sdpa."
-        )
 
 
 def _known_name(name: str) -> str:
@@ -248,7 +243,8 @@ def _asked(question: Question, layout: Layout) -> dict[str, Any]:
         "targets": sorted(layout.targets) if run.method.has_adapters else None,
         "precision": layout.precision,
         "attention": run.model.attention,
-        "is_flash": question.is_flash,
+        "kernels": run.model.kernels,
+        "compile": run.model.compile,
         "max_tokens": layout.max_tokens,
         "packs_per_micro_batch": layout.packs_per_micro_batch,
         "recomputed_layers": layout.recomputed_layers,

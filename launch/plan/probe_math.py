@@ -117,7 +117,7 @@ def _activation_factor(question: Question, layout: Layout, measurements: Sequenc
     for found in measurements:
         shape = replace(question.shape, num_layers=found["layers"])
         alone = probe_layout(layout, "none", found["recomputed"])
-        modelled = activations_of(shape, alone, question.supervised_share, question.is_flash)
+        modelled = activations_of(shape, alone, question.supervised_share)
         kept.append(modelled.kept)
         of_loss = modelled.loss_kept
     saved = [int(found["saved_bytes"]) for found in measurements]
@@ -134,15 +134,15 @@ def _base_bytes(question: Question, layout: Layout, offload: str, found: Mapping
     """
     alone = probe_layout(layout, offload, found["recomputed"])
     shallow = replace(question.shape, num_layers=found["layers"])
-    uncounted = found["peak_bytes"] - _counted(shallow, alone, question.supervised_share, question.is_flash, factor)
+    uncounted = found["peak_bytes"] - _counted(shallow, alone, question.supervised_share, factor)
     unused = found["reserved_bytes"] / found["peak_bytes"] - 1
-    planned = _counted(question.shape, layout, 1.0, question.is_flash, factor)
+    planned = _counted(question.shape, layout, 1.0, factor)
     return int(found["device_bytes"] + max(0, uncounted) + unused * planned)
 
 
-def _counted(shape: ModelShape, layout: Layout, supervised_share: float, is_flash: bool, factor: float) -> int:
+def _counted(shape: ModelShape, layout: Layout, supervised_share: float, factor: float) -> int:
     """Most bytes of a step by the parts that the model counts, activations corrected; no workspace, no margin."""
-    memory = memory_of(shape, layout, supervised_share, is_flash)
+    memory = memory_of(shape, layout, supervised_share)
     steps = (memory.gpu[moment] for moment in ("loss", "backward", "update"))
     return max(
         parts.total - parts.workspace - parts.margin + round((factor - 1) * parts.activations) for parts in steps
@@ -154,7 +154,7 @@ def _needed(question: Question, layout: Layout, depth: Depth, offload: str) -> i
     layers, recomputed = depth
     shape = replace(question.shape, num_layers=layers)
     alone = probe_layout(layout, offload, recomputed)
-    return needed_bytes(question.hardware, memory_of(shape, alone, question.supervised_share, question.is_flash))
+    return needed_bytes(question.hardware, memory_of(shape, alone, question.supervised_share))
 
 
 def _depth_of(found: Mapping[str, Any]) -> Depth:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launch.plan import machine
-from launch.plan.machine import computes_flash_attention, hardware_of, machine_memory
+from launch.plan.machine import hardware_of, machine_memory
 from qwen_dist.config import Cluster, Data, Model, Run, Source
 from qwen_dist.errors import UserError
 from qwen_dist.hardware import GPUS, gpu_named
@@ -107,25 +107,6 @@ def test_this_machines_gpus_are_asked_for_their_name_and_memory(monkeypatch):
     hardware = hardware_of(run_on(), 2)
     assert hardware.gpu is not None and (hardware.gpu.name, hardware.gpu.memory_bytes) == ("NVIDIA X1", 50 << 30)
     assert hardware.assumed == ("NVIDIA X1 is as quick as an A100 (cluster.gpu)",)
-
-
-def test_flash_attention_is_told_where_the_run_computes(monkeypatch):
-    monkeypatch.setattr(machine, "_has_flash", lambda: False)
-    monkeypatch.setattr(machine, "seen_gpus", dict)
-    job = {"kind": "slurm", "gpus_per_node": 8, "gpu": "H100", "host_memory_gb": 1000}
-    assert computes_flash_attention(run_on(**job))  # asked for
-    assert not computes_flash_attention(run_on("auto", **job))  # the job runs this interpreter
-    assert hardware_of(run_on("auto", **job), 8).assumed == ("no flash-attn, as here: more memory and time",)
-    image = {"container": {"kind": "apptainer", "image": "a.sif"}}
-    assert computes_flash_attention(run_on("auto", **job, **image))
-    assert hardware_of(run_on("auto", **job, **image), 8).assumed == ("flash-attn is installed there",)
-    assert computes_flash_attention(run_on("auto"))  # a machine without GPUs plans for another
-    monkeypatch.setattr(machine, "seen_gpus", lambda: {"NVIDIA H200": 0})
-    assert not computes_flash_attention(run_on("auto"))
-    assert not computes_flash_attention(run_on("sdpa", **job))
-    assert not computes_flash_attention(run_on("auto", device="cpu"))
-    monkeypatch.setattr(machine, "_has_flash", lambda: True)
-    assert computes_flash_attention(run_on("auto", **job))
 
 
 def test_on_cpu_there_is_no_gpu():

@@ -46,7 +46,7 @@ def question_for(
         }
     )
     hardware = Hardware(gpu, *world, 1000 * GB, 100 * GB)
-    return Question(run, shape, hardware, 4000.0, 1000.0, 0.25, is_flash=gpu is not None)
+    return Question(run, shape, hardware, 4000.0, 1000.0, 0.25)
 
 
 def layout_for(question: Question, **changes: Any) -> Layout:
@@ -229,7 +229,6 @@ def test_a_kept_result_holds_for_what_was_measured_only(tmp_path):
     ):  # fmt: skip
         assert kept_probe(question, other) is None, other
     assert kept_probe(replace(question, shape=KNOWN_SHAPES["qwen2.5-14b"]), layout) is None
-    assert kept_probe(replace(question, is_flash=False), layout) is None
     assert kept_probe(replace(question, hardware=replace(question.hardware, gpu=gpu_named("H200"))), layout) is None
     path.write_text("{")
     assert kept_probe(question, layout) is None

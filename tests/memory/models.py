@@ -86,7 +86,9 @@ def model_of(shape: ModelShape, layout: Layout) -> torch.nn.Module:
     dtype = torch.bfloat16 if element_bytes(layout) == 2 else torch.float32
     with torch.device("meta"):
         model: torch.nn.Module = AutoModelForCausalLM.from_config(
-            config_of(shape), dtype=dtype, attn_implementation="memory_of_varlen"
+            config_of(shape),
+            dtype=dtype,
+            attn_implementation="eager" if layout.attention == "eager" else "memory_of_varlen",
         )
         model.tie_weights()
         use_lean(model)
