@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -138,17 +138,32 @@ def decide(found: Found, run: Run, path: Path, world_size: int) -> Literal["new"
     return "resume"
 
 
-def check_data(record: Mapping[str, Any], fingerprints: Mapping[str, str | None], path: Path) -> None:
+def check_data(
+    record: Mapping[str, Any],
+    fingerprints: Mapping[str, str | None],
+    path: Path,
+    changes: Callable[[str, str | None, str | None], list[str]],
+) -> None:
     """Refuse to resume on data other than the run was started on.
 
+    There is no way around it: which samples a step holds, and which were seen, follows from the data.
+
+    Args:
+        record: run.json of the run.
+        fingerprints: split -> of its data now, None where it has none.
+        path: of the run directory.
+        changes: (split, fingerprint then, fingerprint now) -> what differs, in words; empty where it cannot be told.
+
     Raises:
-        UserError: names the split whose files changed.
+        UserError: names the split, and what of it has changed.
     """
     for split, fingerprint in fingerprints.items():
-        if record["data"][split] != fingerprint:
+        then = record["data"][split]
+        if then != fingerprint:
+            told = ", ".join(changes(split, then, fingerprint))
             raise UserError(
-                f"data.{split} has changed since {path} was started on it; "
-                "restore the files, give this run another name, or delete the directory."
+                f"data.{split} has changed since {path} was started on it{f': {told}' if told else ''}; "
+                "put it back as it was, give this run another name, or delete the directory."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launch.attempt import check_data, decide, flat, look, with_recorded_choice
+from launch.changed_data import what_changed
 from launch.gpus import gpus_of
 from launch.hosts import (
     free_port,
@@ -32,7 +34,7 @@ from launch.zero import deepspeed_config
 from qwen_dist.config import Run
 from qwen_dist.errors import EXIT_DONE, EnvironmentNotReady, UserError
 from qwen_dist.model_files import check_config, is_local, read_config, require_quantizable, require_weights
-from qwen_dist.run_dir import RunDir, write_atomically, write_json
+from qwen_dist.run_dir import RunDir, prepared_dir, write_atomically, write_json
 from qwen_dist.shapes import model_shape
 
 PLANNED_SOURCE = "plan"
@@ -125,7 +127,7 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
     data = _data_of(run)
     before = found.record if kind == "resume" else None
     if before is not None:
-        check_data(before, data.fingerprints, run_dir.path)
+        check_data(before, data.fingerprints, run_dir.path, lambda split, *names: _changes(run, *names))
     plan = corrected_plan(run, hardware, data.numbers)
     record = make_record(_as_planned(loaded, plan), data.fingerprints, data.counts, before)
     files |= {
@@ -163,6 +165,17 @@ def _data_of(run: Run) -> _Data:
     fingerprints = {"train": train.fingerprint, "eval": held_out.fingerprint if held_out else None}
     counts = {"train": train.counts, "eval": held_out.counts if held_out else None}
     return _Data(fingerprints, counts, exact_counts(run, train, held_out))
+
+
+def _changes(run: Run, then: str | None, now: str | None) -> list[str]:
+    """What differs between two preparations of a split, if both are still there."""
+    metas = []
+    for name in (then, now):
+        try:
+            metas.append(json.loads((prepared_dir(run, str(name)) / "meta.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return []
+    return what_changed(*metas)
 
 
 def _check_model(run: Run) -> None:

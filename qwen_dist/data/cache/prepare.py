@@ -242,6 +242,7 @@ class _Work:
                 for file, unit, unread in zip(inputs.files, units, inputs.unread, strict=True)
             ],
             "identity": inputs.identity,
+            "tokenizer": inputs.tokenizer.fingerprints,
         }
 
     def _part_path(self, part: Part) -> Path:

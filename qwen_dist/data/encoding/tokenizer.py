@@ -53,7 +53,8 @@ class ChatTokenizer:
         self._added_pattern = re.compile(f"({_alternatives(self.added)})")
         self._template, self._marked_template = compile_template(source, str(folder))
         self._names = {key: _content(config[key]) for key in ("bos_token", "eos_token", "pad_token") if config.get(key)}
-        self.fingerprint = hashlib.sha256(json.dumps([raw, source, self._names]).encode()).hexdigest()
+        self.fingerprint = _hash_of([raw, source, self._names])
+        self.fingerprints = {"tokenizer": _hash_of([raw, self._names]), "chat template": _hash_of(source)}
         self.stop_id = self.token_id(STOP_TOKEN)
         self.pad_id = self.token_id(PAD_TOKEN)
 
@@ -260,6 +261,10 @@ def _alternatives(tokens: Iterable[str]) -> str:
 
 def _content(token: str | dict[str, Any]) -> str:
     return token if isinstance(token, str) else str(token["content"])
+
+
+def _hash_of(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _read_text(path: Path, default: str | None = None) -> str:
