@@ -230,6 +230,7 @@ def test_all_ranks_of_a_machine_share_its_memory() -> None:
 
 def test_a_copy_is_one_buffer_used_again() -> None:
     host = HostCopy(torch.device("cpu"))
+    host.begin()
     first = host.take(PIECES)
     assert all(torch.equal(copy.tensor, piece.tensor) for copy, piece in zip(first, PIECES, strict=True))
     assert [(copy.key, copy.shape, copy.start) for copy in first] == [(p.key, p.shape, p.start) for p in PIECES]
@@ -237,6 +238,22 @@ def test_a_copy_is_one_buffer_used_again() -> None:
     second = host.take(changed)
     assert [copy.tensor.data_ptr() for copy in second] == [copy.tensor.data_ptr() for copy in first]
     assert torch.equal(second[0].tensor, PIECES[0].tensor + 1)
+
+
+def test_an_update_waits_for_the_copy_and_for_nothing_else() -> None:
+    host, copied = HostCopy(torch.device("cpu")), threading.Event()
+    assert host.before_update() < 60, "without a copy nothing is waited for"
+    host.begin()
+    thread = threading.Thread(target=lambda: (host.before_update(), copied.set()))
+    thread.start()
+    assert not copied.wait(0.2), "the update overtook the copy"
+    host.take(PIECES)
+    thread.join(60)
+    assert copied.is_set()
+    host.begin()
+    with pytest.raises(AttributeError):
+        host.take([None])  # type: ignore[list-item]
+    host.before_update()  # returns, although nothing was copied
 
 
 def test_a_writer_that_raises_fails_the_save_alone() -> None:

@@ -1,15 +1,16 @@
-"""A save beside training: a copy of the states in host memory, and a thread that writes it.
+"""A save beside training: a thread that copies the states to host memory, and writes the copy.
 
-The copy is all that training waits for, and on a GPU not even that: it runs on a stream of its own, and only the next
-update of the weights waits for its end.
+The next update of the weights waits for the copy, and nothing else does; on a GPU it runs on a stream of its own.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ ALIGNMENT = 64  # bytes; each piece begins at a multiple
 FREE_SHARE = 0.8
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # one for each running machine, containers included
 GB = 1e9
+NICENESS = 10  # of the thread that hashes and writes: where cores are short, the next step has them first
 
 
 @dataclass(frozen=True)
@@ -58,52 +60,78 @@ def lacking(needs: Sequence[Need]) -> str | None:
 
 
 class HostCopy:
-    """Host memory for a copy of a rank's pieces: one buffer, page-locked beside a GPU, kept from save to save."""
+    """Host memory for a copy of a rank's pieces: one buffer, page-locked beside a GPU, kept from save to save.
+
+    The copy is made while the next step computes its gradient, which only reads what is copied: `begin` at a step's
+    end, `take` in another thread, and `before_update` before anything is written to.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffer_B = torch.empty(0, dtype=torch.uint8)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._begun: torch.cuda.Event | None = None
         self._copied: torch.cuda.Event | None = None
+        self._is_issued = threading.Event()
+        self._is_issued.set()
+
+    def begin(self) -> None:
+        """What is copied is what the GPU has computed so far."""
+        self._is_issued.clear()
+        if self._stream is not None:
+            self._begun = torch.cuda.current_stream(self._device).record_event()
 
     def take(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """The same pieces in host memory; on a GPU they are there only once `wait` has returned.
+        """The same pieces in host memory, when they are there.
 
         Raises:
             RuntimeError, MemoryError: there is no memory for them.
         """
-        offsets, end = [], 0
-        for piece in pieces:
-            offsets.append(end)
-            end += -(-piece.num_bytes // ALIGNMENT) * ALIGNMENT
-        self._reserve(end)
-        copies = [
-            replace(piece, tensor=self._buffer_B[start : start + piece.num_bytes].view(piece.tensor.dtype))
-            for piece, start in zip(pieces, offsets, strict=True)
-        ]
-        if self._stream is None:
-            _copy(pieces, copies)
-            return copies
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            _copy(pieces, copies)
-            self._copied = self._stream.record_event()
-        return copies
-
-    def wait(self) -> None:
-        """Until the copy is there."""
+        try:
+            offsets, end = [], 0
+            for piece in pieces:
+                offsets.append(end)
+                end += -(-piece.num_bytes // ALIGNMENT) * ALIGNMENT
+            self._reserve(end)
+            copies = [
+                replace(piece, tensor=self._buffer_B[start : start + piece.num_bytes].view(piece.tensor.dtype))
+                for piece, start in zip(pieces, offsets, strict=True)
+            ]
+            self._copy(pieces, copies)
+        finally:
+            self._is_issued.set()  # whatever happened, no update may wait for ever
         if self._copied is not None:
             self._copied.synchronize()
+        return copies
 
-    def before_update(self) -> None:
-        """What the GPU computes from now on comes after the copy: what was copied may be written to."""
+    def before_update(self) -> float:
+        """Let no update overtake the copy; seconds that this process waited. A GPU waits by itself."""
+        started = time.perf_counter()
+        self._is_issued.wait()
         if self._copied is not None:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
+        return time.perf_counter() - started
+
+    @torch.no_grad()
+    def _copy(self, pieces: Sequence[Piece], copies: Sequence[Piece]) -> None:
+        if self._stream is None:
+            for piece, copy in zip(pieces, copies, strict=True):
+                copy.tensor.copy_(piece.tensor)
+            return
+        assert self._begun is not None
+        torch.cuda.set_device(self._device)  # each thread has its own
+        self._stream.wait_event(self._begun)
+        with torch.cuda.stream(self._stream):
+            for piece, copy in zip(pieces, copies, strict=True):
+                copy.tensor.copy_(piece.tensor, non_blocking=True)
+            self._copied = self._stream.record_event()
 
     def _reserve(self, num_bytes: int) -> None:
         if self._buffer_B.numel() >= num_bytes:
             return
-        self._free()
+        if self._stream is not None and self._buffer_B.numel() > 0:
+            torch.cuda.cudart().cudaHostUnregister(self._buffer_B.data_ptr())
+        self._buffer_B = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
         self._buffer_B = torch.empty(num_bytes, dtype=torch.uint8)
         if self._stream is not None:
             # Locked in place: torch's own page-locked memory comes in powers of two, up to twice as much.
@@ -111,15 +139,9 @@ class HostCopy:
             if code != 0:
                 get_logger().warning("%d bytes for checkpoints cannot be page-locked (CUDA error %d)", num_bytes, code)
 
-    def _free(self) -> None:
-        if self._stream is not None and self._buffer_B.numel() > 0:
-            self.wait()
-            torch.cuda.cudart().cudaHostUnregister(self._buffer_B.data_ptr())
-        self._buffer_B = torch.empty(0, dtype=torch.uint8)
-
 
 class Writer:
-    """Runs `write` in a thread. Hashing and writing release the GIL, so training goes on meanwhile."""
+    """Runs `write` in a thread. Copying, hashing and writing release the GIL, so training goes on meanwhile."""
 
     def __init__(self, write: Callable[[], Written]) -> None:
         self._result: Written | None = None
@@ -144,7 +166,7 @@ class Writer:
             self._result = failed(error)
 
 
-@torch.no_grad()
-def _copy(pieces: Sequence[Piece], copies: Sequence[Piece]) -> None:
-    for piece, copy in zip(pieces, copies, strict=True):
-        copy.tensor.copy_(piece.tensor, non_blocking=True)
+def yield_cores() -> None:
+    """Let this thread's work wait for that of others where cores are short (setpriority(2) knows threads on Linux)."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

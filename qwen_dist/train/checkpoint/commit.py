@@ -44,11 +44,13 @@ class Outcome:
         num_bytes: of all files.
         write_s: seconds of the slowest rank.
         failure: why there is no checkpoint, with what to do about it; None: it is committed.
+        lacks_memory: a rank had no memory for a copy.
     """
 
     num_bytes: int = 0
     write_s: float = 0.0
     failure: str | None = None
+    lacks_memory: bool = False
 
 
 def incomplete(run_dir: RunDir, step: int) -> Path:
@@ -92,7 +94,7 @@ def commit(world: World, run_dir: RunDir, step: int, eval_loss: float | None, wr
             return Outcome(manifest.num_bytes, max(rank.write_s for rank in everyone))
     if world.is_main:
         shutil.rmtree(incomplete(run_dir, step), ignore_errors=True)
-    return Outcome(failure=failure)
+    return Outcome(failure=failure, lacks_memory=any(rank.lacks_memory for rank in everyone))
 
 
 def told_failure(everyone: Sequence[Written]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,11 @@ from qwen_dist.config import Checkpoint
 from qwen_dist.errors import RunFailed
 from qwen_dist.log import get_logger
 from qwen_dist.run_dir import RunDir
-from qwen_dist.train.checkpoint.background import HostCopy, Need, Writer, lacking, machine_id
+from qwen_dist.train.checkpoint.background import HostCopy, Need, Writer, lacking, machine_id, yield_cores
 from qwen_dist.train.checkpoint.commit import Outcome, commit, forget_after, incomplete, newest_step, prepare, tidy
 from qwen_dist.train.checkpoint.manifest import best_of, losses_of
 from qwen_dist.train.checkpoint.shard_file import Piece
-from qwen_dist.train.checkpoint.share import Written, write_share
+from qwen_dist.train.checkpoint.share import Written, failed, write_share
 from qwen_dist.train.checkpoint.state import State
 from qwen_dist.train.checkpoint.states import about, collect
 from qwen_dist.train.engine import Engine
@@ -37,11 +37,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Save:
-    """One save: what of the run is saved, and how long training has waited for it so far."""
+    """One save: what of the run is saved, and the seconds until the ranks could write."""
 
     state: State
     eval_loss: float | None
-    stall_s: float
+    begin_s: float
 
 
 class Saver:
@@ -63,6 +63,7 @@ class Saver:
         self._host = HostCopy(engine.world.device)
         self._in_background: bool | None = False if on_disk or settings.in_background is False else None
         self._under_way: tuple[Save, Writer] | None = None
+        self._waited_s = 0.0  # of training, for the save at hand
         self._all_have_written = False
         self._best_loss = self._best_of_saved()
 
@@ -77,7 +78,7 @@ class Saver:
 
     def before_update(self) -> None:
         """Let no update of the weights overtake their copy."""
-        self._host.before_update()
+        self._waited_s += self._host.before_update()
 
     def is_best(self, eval_loss: float | None) -> bool:
         """Whether weights of this held-out loss are to be kept as the best ones so far."""
@@ -99,7 +100,10 @@ class Saver:
         save, writer = self._under_way
         written = writer.result()
         self._under_way, self._all_have_written = None, False
-        self._warn(save.state.step, self._end(save, written, started).failure)
+        outcome = self._end(save, written, started)
+        if outcome.lacks_memory:
+            self._in_background = False
+        self._warn(save.state.step, outcome.failure)
 
     def go_back(self, step: int) -> None:
         """Delete the checkpoints from after `step`: what they hold is undone, and their steps come again."""
@@ -117,14 +121,13 @@ class Saver:
             self.finish()
         started = time.perf_counter()
         prepared = self._prepare(state)
-        copies = self._copies(prepared.pieces) if prepared.ended is None else None
-        if copies is None:
+        if prepared.ended is not None or not self._is_beside(prepared.pieces):
             self._warn(state.step, self._write_and_end(prepared, state, eval_loss, started).failure)
             return
-        self._under_way = (
-            Save(state, eval_loss, time.perf_counter() - started),
-            Writer(partial(self._write_copies, state, copies, prepared.metadata)),
-        )
+        self._host.begin()
+        writer = Writer(partial(self._copy_and_write, prepared, state))
+        self._waited_s = time.perf_counter() - started
+        self._under_way = Save(state, eval_loss, self._waited_s), writer
 
     def save_last(self, state: State, eval_loss: float | None = None) -> None:
         """Save what the run ends with, after what is under way.
@@ -155,32 +158,28 @@ class Saver:
         """Write while training waits, since `started`, and commit."""
         if prepared.ended is not None:
             return prepared.ended
-        save = Save(state, eval_loss, time.perf_counter() - started)
-        started = time.perf_counter()
+        self._waited_s = time.perf_counter() - started
+        save, started = Save(state, eval_loss, self._waited_s), time.perf_counter()
         folder, rank = incomplete(self._run_dir, state.step), self._world.rank
         return self._end(save, write_share(folder, rank, prepared.pieces, prepared.metadata, state), started)
 
-    def _write_copies(self, state: State, copies: list[Piece], metadata: dict[str, Any]) -> Written:
-        """In the writer's thread: write the copies when they are there."""
-        self._host.wait()
-        return write_share(incomplete(self._run_dir, state.step), self._world.rank, copies, metadata, state)
+    def _copy_and_write(self, prepared: Prepared, state: State) -> Written:
+        """In the writer's thread: copy, and write the copies."""
+        started = time.perf_counter()
+        try:
+            copies = self._host.take(prepared.pieces)
+        except (RuntimeError, MemoryError) as error:
+            return replace(failed(error), lacks_memory=True)
+        yield_cores()
+        folder, rank = incomplete(self._run_dir, state.step), self._world.rank
+        written = write_share(folder, rank, copies, prepared.metadata, state)
+        return replace(written, write_s=time.perf_counter() - started)
 
-    def _copies(self, pieces: Sequence[Piece]) -> list[Piece] | None:
-        """The pieces in host memory; None where they are to be written while training waits: on all ranks alike."""
+    def _is_beside(self, pieces: Sequence[Piece]) -> bool:
+        """Whether checkpoints are written beside training; decided at the first one, by all ranks alike."""
         if self._in_background is None:
             self._in_background = self._has_room(sum(piece.num_bytes for piece in pieces))
-        if not self._in_background:
-            return None
-        problem = ""
-        try:
-            copies = self._host.take(pieces)
-        except (RuntimeError, MemoryError) as error:
-            copies, problem = [], str(error).partition("\n")[0] or type(error).__name__
-            get_logger().warning(
-                "checkpoints: no memory for a copy (%s); training waits while they are written", problem
-            )
-        self._in_background = self._world.all_succeeded(not problem)
-        return copies if self._in_background else None
+        return self._in_background
 
     def _has_room(self, num_bytes: int) -> bool:
         """Whether checkpoints are written beside training, decided at the first one; told where they are not."""
@@ -204,8 +203,8 @@ class Saver:
         if self._report is not None:
             ended = time.perf_counter()
             numbers = {
-                "save_time_s": save.stall_s + outcome.write_s + ended - started,
-                "save_stall_s": save.stall_s + ended - waiting_since,
+                "save_time_s": save.begin_s + outcome.write_s + ended - started,
+                "save_stall_s": self._waited_s + ended - waiting_since,
                 "save_bytes": outcome.num_bytes,
             }
             name = self._run_dir.checkpoint(state.step).name

@@ -25,11 +25,13 @@ class Written:
         files: name -> size and hash.
         write_s: seconds that it took to write them.
         failure: why they are not there, with what to do about it; None: they are.
+        lacks_memory: it failed for want of memory for a copy.
     """
 
     files: dict[str, FileMark] = field(default_factory=dict)
     write_s: float = 0.0
     failure: str | None = None
+    lacks_memory: bool = False
 
 
 def write_share(folder: Path, rank: int, pieces: Sequence[Piece], metadata: dict[str, Any], state: State) -> Written:
