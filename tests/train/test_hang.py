@@ -118,6 +118,8 @@ def test_places_of_a_disk_that_takes_no_more(tmp_path: Path) -> None:
     ours.tell(Place(3, 0, "agree"), 1.0)
     file = run_dir.place_file(1, 1)
     os.utime(file, (0, file.stat().st_mtime - 60))
+    own = run_dir.place_file(1, 0)
+    os.utime(own, (0, own.stat().st_mtime - 30))
     run_dir.attempt_logs(1).rename(tmp_path / "away")
     ours.tell(Place(4, 0, "data"), 0.5)
     (tmp_path / "away").rename(run_dir.attempt_logs(1))
