@@ -48,12 +48,13 @@ HEAD_CHUNK = 512
 
 @dataclass(frozen=True)
 class Spec:
-    """What a contender trains: files, method (full or lora), timed optimizer steps."""
+    """What a contender trains: files, method (full or lora), timed optimizer steps, threads."""
 
     folder: str
     tokenizer: str
     method: str
     steps: int
+    threads: int
 
     @property
     def rows(self) -> str:
@@ -80,7 +81,7 @@ def ours(spec: Spec) -> Result:
         "data": {"train": [{"path": spec.rows}], "max_tokens": MAX_TOKENS},
         "batch": {"packs_per_step": PACKS},
         "length": {"epochs": 9, "max_steps": WARM_UP + spec.steps},
-        "cluster": {"device": "cpu", "gpus_per_node": 1},
+        "cluster": {"device": "cpu", "gpus_per_node": 1, "env": {"OMP_NUM_THREADS": str(spec.threads)}},
     }
     path = Path(spec.folder, f"{run['name']}.yaml")
     path.write_text(json.dumps(run))
@@ -252,6 +253,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of each turn")
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each contender")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args()
     if any(name.startswith("TRL") for name in options.only) and importlib.util.find_spec("trl") is None:
@@ -262,7 +264,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory(prefix="compare-") as folder:
                 Path(folder, "config.json").write_text(json.dumps(SHAPES[shape]))
                 write_rows(Path(options.data), Path(folder, "rows.jsonl"))
-                spec = Spec(folder, str(Path(options.tokenizer).resolve()), method, options.steps)
+                spec = Spec(folder, str(Path(options.tokenizer).resolve()), method, options.steps, options.threads)
                 found[f"{shape} {method}"] = compared(spec, options.only, options.turns)
             show(f"{shape}-heavy, {method}", found[f"{shape} {method}"])
     if options.json:
@@ -299,7 +301,11 @@ def compared(spec: Spec, names: list[str], turns: int) -> dict[str, dict[str, fl
 def in_its_own_process(name: str, spec: Spec) -> Result:
     """Run a contender in a process that ends with it, with all cores and no network."""
     command = [sys.executable, __file__, "--child", name, json.dumps(asdict(spec))]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(spec.threads),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"error: {name} failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
