@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,28 @@ def test_a_finished_run_is_proved_from_its_directory(
     assert "step 1 (attempt 1): rank 2 of 4 recorded nothing." in capsys.readouterr().out
     assert check_main([str(run_dir.path / "ledger")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_step_that_was_seen_and_not_trained(run_dir: RunDir, plan: StepPlan) -> None:
+    """Step 4 is skipped; steps 7 and 8 come again after a rollback, and 8 is passed over then."""
+    for rank in (0, 1):
+        ledger = Ledger(run_dir, 1, rank, 2)
+        for step in range(1, 9):
+            ledger.write(step, np.concatenate(plan.packs_of(step, rank, 2)), is_trained=step not in (4, 8))
+        ledger.begin(2)
+        for step in range(7, 27):
+            ledger.write(step, np.concatenate(plan.packs_of(step, rank, 2)), is_trained=step != 8)
+        ledger.close()
+    report = check_ledger(run_dir, plan)
+    assert report.problems == () and report.num_steps == 26 and report.num_epochs == 2
+    assert report.skipped_steps == (4, 8) and report.world_sizes == (2, 2)
+    assert report.num_skipped_samples == sum(len(plan.samples_of(step)) for step in (4, 8))
+    assert report.num_samples + report.num_skipped_samples == sum(len(plan.samples_of(step)) for step in range(1, 27))
+
+
+def test_ranks_that_do_not_agree_on_what_was_trained(plan: StepPlan) -> None:
+    records = [
+        replace(record, is_trained=False) if (record.step, record.rank) == (5, 1) else record
+        for record in records_of(plan)
+    ]
+    assert check_records(records, plan).problems == ("step 5 (attempt 1): some ranks trained it, and others did not.",)

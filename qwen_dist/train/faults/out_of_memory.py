@@ -15,11 +15,11 @@ import torch
 
 from qwen_dist.config import Run
 from qwen_dist.data.reading.rows import shown
-from qwen_dist.errors import RankFailed, UserError, counted
+from qwen_dist.errors import RankFailed, counted
 from qwen_dist.layout import Layout, fields_of
 from qwen_dist.log import get_logger
 from qwen_dist.memory import memory_of
-from qwen_dist.shapes import model_shape
+from qwen_dist.shapes import is_known_model, model_shape
 from qwen_dist.train.faults import place
 from qwen_dist.train.feed import StepInput
 from qwen_dist.train.job import Job
@@ -123,10 +123,9 @@ def gpu_facts(job: Job, resting: int, error: str) -> Held:
 
 def planned(run: Run, world_size: int) -> tuple[int, int, int]:
     """(resting, most within a step beside that, beside torch) as planned; zeros for a model of unknown size."""
-    try:
-        shape = model_shape(run.model.path)
-    except UserError:
+    if not is_known_model(run.model.path):
         return 0, 0, 0
+    shape = model_shape(run.model.path)
     layout = Layout(
         **fields_of(run),
         nodes=run.cluster.nodes,

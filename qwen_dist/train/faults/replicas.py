@@ -70,7 +70,7 @@ def hash_of(tensor: torch.Tensor) -> torch.Tensor:
         bytes_N = torch.nn.functional.pad(bytes_N, (0, padding))
     words_N = bytes_N.view(torch.int32)
     chunk = CHUNK_WORDS_GPU if tensor.is_cuda else CHUNK_WORDS
-    factor_C = torch.arange(1, 2 * min(chunk, words_N.numel()), 2, device=tensor.device)
+    factor_C = 2 * torch.arange(min(chunk, words_N.numel()), device=tensor.device) + 1
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, words_N.numel(), chunk):
         words_C = words_N[start : start + chunk].long()

@@ -1,0 +1,89 @@
+"""A resume on other rows, another tokenizer, template or system text: refused, with what has changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.changed_data import what_changed
+from tests.launch.conftest import TOKENIZER, Result, write_run
+
+
+@pytest.fixture
+def started(project: Path, cli: Callable[..., Result]) -> Path:
+    """A run that has made a step, with a tokenizer and a system text of its own."""
+    shutil.copytree(TOKENIZER, project / "tokenizer")
+    (project / "system.txt").write_text("You are a calculator.")
+    write_run(
+        project,
+        model={"path": "config.json", "tokenizer": "tokenizer"},
+        data={
+            "train": [{"path": "rows.jsonl"}],
+            "max_tokens": 96,
+            "system": {"policy": "default", "file": "system.txt"},
+        },
+    )
+    result = cli("train", "run.yaml", "--dry-run")
+    assert result.code == 0, result.err
+    (project / "runs" / "small" / "metrics.jsonl").write_text('{"step": 1}\n')
+    return project
+
+
+def refusal(project: Path, cli: Callable[..., Result]) -> str:
+    """What has changed, as the refusal says; the run directory stays as it was."""
+    before = (project / "runs" / "small" / "run.json").read_bytes()
+    result = cli("train", "run.yaml", "--dry-run")
+    assert result.code == 2 and (project / "runs" / "small" / "run.json").read_bytes() == before
+    head, _, rest = result.err.strip().rpartition("was started on it: ")
+    assert "error: data.train has changed since" in head
+    return rest.removesuffix("; put it back as it was, give this run another name, or delete the directory.")
+
+
+def test_an_edited_row(started: Path, cli: Callable[..., Result]) -> None:
+    rows = started / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("What is 7 +", "How much is 7 +"))
+    assert refusal(started, cli) == f"the rows of {rows}"
+
+
+def test_another_template(started: Path, cli: Callable[..., Result]) -> None:
+    template = started / "tokenizer" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# another version #}")
+    assert refusal(started, cli) == "the chat template"
+
+
+def test_another_tokenizer(started: Path, cli: Callable[..., Result]) -> None:
+    path = started / "tokenizer" / "tokenizer.json"
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    spec["model"]["merges"] = spec["model"]["merges"][:-1]
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    assert refusal(started, cli) == "the tokenizer"
+
+
+def test_another_system_text(started: Path, cli: Callable[..., Result]) -> None:
+    (started / "system.txt").write_text("You are an abacus.")
+    assert refusal(started, cli) == "how rows are read (system)"
+
+
+def test_all_at_once_and_what_cannot_be_told() -> None:
+    def meta(**changes: object) -> dict:
+        file = {"source": 0, "sha256": changes.get("sha256", "a"), "policy": {"loss": changes.get("loss", "all")}}
+        identity = {
+            "encoding": changes.get("encoding", 2),
+            "tokenizer": changes.get("tokenizer", "t"),
+            "files": [file] * int(str(changes.get("num_files", 1))),
+        }
+        return {"identity": identity, "files": [{"path": "x.jsonl"}] * len(identity["files"])}
+
+    changed = meta(sha256="b", loss="responses", encoding=3, tokenizer="u")
+    assert what_changed(meta(), changed) == [
+        "the tokenizer or its chat template",
+        "the version of qwen-dist, which makes other tokens of the same rows",
+        "the rows of x.jsonl",
+        "how rows are read (loss)",
+    ]
+    assert what_changed(meta(), meta(num_files=2)) == ["the number of files (1, now 2)"]
+    assert what_changed(meta(), meta()) == what_changed({}, meta()) == []

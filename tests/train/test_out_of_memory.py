@@ -1,0 +1,73 @@
+"""Out of memory: what is said to have grown, and what is advised, in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwen_dist.config import Batch, Data, Method, Model, Run, Source, Zero
+from qwen_dist.train.faults.out_of_memory import Held, advice, asked_bytes, gpu_words, planned
+
+GB = 10**9
+RUN = Run(
+    name="r",
+    model=Model(path="m", activation_checkpointing=12),
+    data=Data(train=(Source(path="x"),), max_tokens=8192),
+    batch=Batch(packs_per_micro_batch=4),
+    zero=Zero(stage=2, offload="none"),
+)
+
+
+def test_the_cheapest_change_comes_first() -> None:
+    assert advice(RUN, 40, is_batch=True) == [
+        "model.activation_checkpointing=true (now 12 of 40 layers)",
+        "batch.packs_per_micro_batch=2 (now 4)",
+        "data.max_tokens lower (now 8,192)",
+        "zero.stage=3",
+        "zero.offload=optimizer",
+    ]
+    assert advice(RUN, 40, is_batch=False)[:2] == ["zero.stage=3", "zero.offload=optimizer"]
+
+
+def test_only_what_can_still_be_changed_is_advised() -> None:
+    tight = RUN.model_copy(
+        update={
+            "model": Model(path="m", activation_checkpointing=True),
+            "batch": Batch(packs_per_micro_batch=1),
+            "zero": Zero(stage=3, offload="all"),
+        }
+    )
+    assert advice(tight, 40, is_batch=True) == ["data.max_tokens lower (now 8,192)"]
+    qlora = tight.model_copy(update={"method": Method(kind="qlora"), "zero": Zero(stage=2, offload="optimizer")})
+    assert advice(qlora, 40, is_batch=True) == ["data.max_tokens lower (now 8,192)"]
+
+
+@pytest.mark.parametrize(
+    ("held", "grown"),
+    [
+        (Held(80 * GB, 30 * GB, 52 * GB, GB, 30 * GB, 40 * GB, GB), "activations, logits and gradients grew"),
+        (Held(80 * GB, 45 * GB, 36 * GB, GB, 30 * GB, 35 * GB, GB), "weights, optimizer and buffers grew"),
+        (Held(80 * GB, 30 * GB, 35 * GB, 20 * GB, 30 * GB, 40 * GB, GB), "CUDA and other processes grew"),
+        (Held(80 * GB, 30 * GB, 40 * GB, GB, 30 * GB, 40 * GB, GB), "no part is larger than planned"),
+        (Held(80 * GB, 30 * GB, 40 * GB, GB), "no part is larger than planned"),
+    ],
+)
+def test_the_part_that_grew(held: Held, grown: str) -> None:
+    words = gpu_words(held)
+    assert grown in words and words.startswith("the GPU has 80.0 GB, and ")
+    assert ("(planned " in words) == (held.planned_step > 0)
+
+
+def test_what_was_asked_for_is_read_from_torchs_words() -> None:
+    words = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which"
+    assert asked_bytes(words) == int(2.5 * 2**30)
+    assert asked_bytes("CUDA out of memory.") == 0
+
+
+def test_what_was_planned_is_the_memory_models(tmp_path: Path) -> None:
+    known = RUN.model_copy(update={"model": Model(path="Qwen/Qwen3-14B", activation_checkpointing=40)})
+    resting, step, beside = planned(known, 8)
+    assert 50 * GB < resting < 70 * GB, "bf16 weights, and an eighth of 12 bytes a parameter"
+    assert step > 5 * GB and beside > 0.5 * GB
+    assert planned(RUN, 8) == (0, 0, 0), "a model whose config cannot be read"
