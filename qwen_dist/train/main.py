@@ -31,6 +31,7 @@ from qwen_dist.train.checkpoint.states import restore
 from qwen_dist.train.checkpoint.verify import newest_checkpoint
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.engine import Engine, make_engine
+from qwen_dist.train.faults import place
 from qwen_dist.train.faults.straggler import Stragglers
 from qwen_dist.train.faults.watchdog import Watchdog, watching
 from qwen_dist.train.job import Job
@@ -210,6 +211,7 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], wa
         for state in train(job, start):
             progress["step"] = state.step
     finally:
+        place.at(place.END)
         job.ledger.close()
         if reporter is not None:
             reporter.close()
