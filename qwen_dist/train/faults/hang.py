@@ -99,7 +99,7 @@ def blame(seen: Mapping[int, Seen], world_size: int, bound_s: float) -> Blame:
         return Blame("silent", tuple(sorted(silent)))
     first = min(found.place.order for found in seen.values())
     behind = tuple(sorted(rank for rank, found in seen.items() if found.place.order == first))
-    return Blame("behind" if len(behind) < world_size else "apart", behind)
+    return Blame("apart" if 1 < world_size == len(behind) else "behind", behind)
 
 
 def sentence(blame: Blame, seen: Mapping[int, Seen], bound_s: float, samples: Sequence[int] | None) -> str:

@@ -101,6 +101,9 @@ class Watchdog:
         self._looked_at = now
         self._time_steps(where, now)
         self._places.tell(where, now - self._moved_at)
+        if where.phase == END:  # rank 0 may still talk to W&B, and the others wait for it
+            faulthandler.cancel_dump_traceback_later()
+            return
         if where.phase != START_UP:
             last_resort_s = max(bound_s, long_s) + LAST_RESORT_S
             faulthandler.dump_traceback_later(last_resort_s, exit=True, file=self._stacks)
@@ -115,7 +118,7 @@ class Watchdog:
     def _time_steps(self, where: Place, now: float) -> None:
         """Seconds of a step, as exactly as we look: short ones do not count against the floor."""
         if where.step != self._step:
-            if self._step:
+            if 0 < self._step < where.step:  # a run that goes back has made no step
                 self._step_times_s.append((now - self._step_at) / (where.step - self._step))
             self._step, self._step_at = where.step, now
 
