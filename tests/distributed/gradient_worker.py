@@ -26,6 +26,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -37,6 +38,7 @@ from qwen_dist.data.cache.prepared import NOT_TRAINED
 from qwen_dist.errors import EnvironmentNotReady
 from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.gradients import drop_gradients
+from qwen_dist.train.model.build import unwrapped
 from qwen_dist.train.startup import self_test
 from qwen_dist.train.startup.generators import generators_untouched
 from qwen_dist.train.startup.mock_step import compute
@@ -75,7 +77,8 @@ def one_step(job: dict[str, Any], world: World) -> dict[str, Any]:
     run, engine = engine_of(job, world)
     batches, step_weight = batches_of(job, run, world)
     before = num_collectives()
-    loss = forward_and_backward(engine, batches, step_weight)
+    with head_gathers(engine) as gathers:
+        loss = forward_and_backward(engine, batches, step_weight)
     gradients = {name: safe_get_full_grad(parameter).float().clone() for name, parameter in trained(engine).items()}
     engine.step(run.optim.lr)
     weights = {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in trained(engine).items()}
@@ -87,7 +90,24 @@ def one_step(job: dict[str, Any], world: World) -> dict[str, Any]:
         "weights": weights,
         "grad_norm": engine.grad_norm(),
         "collectives": gathered(collectives),
+        "head_gathers": (len(gathers), len(batches)),
     }
+
+
+@contextlib.contextmanager
+def head_gathers(engine: Engine) -> Iterator[list[int]]:
+    """A list that gets an entry each time that ZeRO-3 gathers the head's weight for a module."""
+    seen: list[int] = []
+    head_id = getattr(unwrapped(engine.ds_engine.module).lm_head.weight, "ds_id", None)
+    name = "_PartitionedParameterCoordinator__all_gather_params"
+    gather = getattr(PartitionedParameterCoordinator, name)
+
+    def counted(coordinator: Any, params: Any, forward: bool) -> None:
+        seen.extend(1 for param in params if param.ds_id == head_id)
+        gather(coordinator, params, forward)
+
+    with mock.patch.object(PartitionedParameterCoordinator, name, counted):
+        yield seen
 
 
 def tested(job: dict[str, Any], world: World) -> dict[str, Any]:

@@ -94,8 +94,8 @@ def test_the_tiny_run_is_the_run_but_for_its_size(tmp_path: Path) -> None:
     assert tiny.model.activation_checkpointing == 1, "some layers are recomputed, some are not"
     config = deepspeed_config(run, 8)
     small = tiny_ds_config(config, tiny, 8)
-    assert (small["gradient_accumulation_steps"], small["train_micro_batch_size_per_gpu"]) == (3, 2)
-    assert small["train_batch_size"] == 3 * 2 * 8
+    assert (small["gradient_accumulation_steps"], small["train_micro_batch_size_per_gpu"]) == (2, 2)
+    assert small["train_batch_size"] == 2 * 2 * 8
     of_run, of_tiny = config["zero_optimization"], small["zero_optimization"]
     smaller = {key for key in of_tiny if of_tiny[key] != of_run[key]}
     assert all(key.endswith("_size") or key.startswith("stage3_") for key in smaller)

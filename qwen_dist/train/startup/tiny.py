@@ -19,8 +19,7 @@ from qwen_dist.train.probe import run_of_depth
 
 LAYERS, HEADS, VOCAB_SIZE, EXPERTS = 2, 2, 256, 4
 MAX_RANK = 8
-# More micro-batches a rank repeat what the third does; a division by their number shows with two.
-MAX_ACCUMULATION, MAX_PACKS_AT_ONCE, SAMPLES_PER_PACK = 3, 2, 2
+MAX_PACKS_AT_ONCE, SAMPLES_PER_PACK = 2, 2
 SHORTEST, LONGEST = 4, 24  # tokens of a sample
 
 
@@ -71,13 +70,16 @@ def tiny_run(run: Run, config: dict[str, Any], folder: Path) -> Run:
 def tiny_ds_config(ds_config: dict[str, Any], tiny: Run, world_size: int) -> dict[str, Any]:
     """The run's DeepSpeed config for the tiny model: stage, offload, dtypes, clipping and overrides are the run's.
 
-    Buckets are as wide for the tiny model as the run's are for its own (`qwen_dist/buckets.py`): gradients still meet
-    in a bucket, fill several, or are too large for one. States on a disk lie in host memory: shares below 1 MiB never
-    go to the disk. hpZ is left out: DeepSpeed (0.19.8) makes its groups of processes only once.
+    Of several micro-batches a rank there are two, enough for a division by their number to show; with two processes
+    three, so that it shows whose number it is. Buckets are as wide for the tiny model as the run's are for its own
+    (`qwen_dist/buckets.py`): gradients still meet in a bucket, fill several, or are too large for one. States on a disk
+    lie in host memory: shares below 1 MiB never go to the disk. hpZ is left out: DeepSpeed (0.19.8) makes its groups
+    of processes only once.
     """
     found = copy.deepcopy(ds_config)
     at_once = min(found["train_micro_batch_size_per_gpu"], MAX_PACKS_AT_ONCE)
-    accumulation = min(found["gradient_accumulation_steps"], MAX_ACCUMULATION)
+    is_accumulating = found["gradient_accumulation_steps"] > 1
+    accumulation = (3 if world_size == 2 else 2) if is_accumulating else 1
     found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"] = at_once, accumulation
     found["train_batch_size"] = at_once * accumulation * world_size
     found.pop("aio", None)
