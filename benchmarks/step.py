@@ -1,8 +1,8 @@
 """A real optimizer step: tokens/s, trained tokens/s, MFU, peak memory, and where the time goes.
 
 The engine is the trainer's own (`make_engine`: DeepSpeed, adapters, attention, loss), the weights are random. MFU
-counts the FLOPs of the model (attention causal, the head on trained tokens only, nothing for what is recomputed) against
-a bf16 matrix product measured in the same process. Each case is a process of its own.
+counts the FLOPs of the model (attention causal, the head on trained tokens only, nothing for what is recomputed)
+against a bf16 matrix product measured in the same process. Each case is a process of its own.
 
     python benchmarks/step.py --device cpu
     python benchmarks/step.py --device cuda                  # Qwen3-14B with LoRA, and in full as deep as it fits
