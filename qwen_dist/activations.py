@@ -7,7 +7,7 @@ heads, I width of the MLP, V vocabulary, N trained tokens, e bytes of an element
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape
@@ -35,6 +35,7 @@ class Activations:
         backward: at most, while backward runs, what is still kept included; without the loss.
         loss: at most, in the loss, beside `kept`.
         loss_kept: by the loss until its backward: the gradients of the hidden states and of a trained head.
+        offloaded: what is kept in host memory instead.
     """
 
     kept: int
@@ -42,6 +43,7 @@ class Activations:
     backward: int
     loss: int
     loss_kept: int
+    offloaded: int = 0
 
 
 def chunk_rows(num_rows: int, columns: int, element: int, limit_bytes: int) -> int:
@@ -63,17 +65,45 @@ def activations_of(shape: ModelShape, layout: Layout, supervised_share: float) -
         layout: of the run; the first `recomputed_layers` layers are recomputed.
         supervised_share: trained tokens of all tokens.
     """
+    trained = max(1, round(supervised_share * layout.tokens_per_micro_batch))
+    if layout.offload_activations and shape.num_layers > LAYERS_ON_DEVICE:
+        return _offloaded(shape, layout, trained)
+    return _on_device(shape, layout, trained)
+
+
+def _offloaded(shape: ModelShape, layout: Layout, trained: int) -> Activations:
+    """As if there were two layers, any two that follow each other; what the others keep is in host memory."""
+    recomputed, element = min(layout.recomputed_layers, shape.num_layers), element_bytes(layout)
+    two = replace(shape, num_layers=LAYERS_ON_DEVICE)
+    first = max(0, recomputed - (shape.num_layers - LAYERS_ON_DEVICE))  # recomputed ones of the last two
+    pairs = {first, *({0} if recomputed < shape.num_layers - 1 else ()), *({2} if recomputed > 1 else ())}
+    found = {pair: _on_device(two, replace(layout, recomputed_layers=pair), trained) for pair in sorted(pairs)}
+    kept_recomputed = element * shape.hidden_size * layout.tokens_per_micro_batch
+    kept_recomputed += product_bytes(shape, layout)[0] if layout.is_selective else 0
+    layers = shape.num_layers - LAYERS_ON_DEVICE
+    elsewhere = min(recomputed, layers) * kept_recomputed + max(0, layers - recomputed) * layer_bytes(shape, layout)
+    backward = max(activations.backward for activations in found.values())
+    return replace(found[first], backward=backward, offloaded=elsewhere)
+
+
+def _on_device(shape: ModelShape, layout: Layout, trained: int) -> Activations:
     tokens, element, hidden = layout.tokens_per_micro_batch, element_bytes(layout), shape.hidden_size
-    trained = max(1, round(supervised_share * tokens))
     recomputed = min(layout.recomputed_layers, shape.num_layers)
     layer, last = (layer_bytes(shape, layout, rows) for rows in (None, trained))
-    checkpoint, norm_bytes = element * hidden * tokens, _norm_bytes_token(shape, layout)
+    norm_bytes, dora = _norm_bytes_token(shape, layout), _dora_bytes(shape, layout)
+    # What a recomputed layer keeps; and what of a layer is not made again, since that is among it.
+    checkpoint = last_checkpoint = element * hidden * tokens
+    again = last_again = 0
+    if layout.is_selective:
+        products, again = product_bytes(shape, layout)
+        last_products, last_again = product_bytes(shape, layout, trained)
+        checkpoint, last_checkpoint = checkpoint + products, last_checkpoint + last_products
     around = trained * norm_bytes + tokens * _around_bytes_token(shape, layout)
     if layout.attention == "eager":
         around += element * tokens * tokens  # its mask
     is_last_kept = recomputed < shape.num_layers
     kept = recomputed * checkpoint + (shape.num_layers - recomputed) * layer + around
-    kept += last - layer if is_last_kept else 0
+    kept += last - layer if is_last_kept else last_checkpoint - checkpoint
     if layout.method != "full" and recomputed == 0:
         kept -= tokens * norm_bytes  # nothing before the first adapter needs a gradient: no norm's input kept
 
@@ -85,14 +115,16 @@ def activations_of(shape: ModelShape, layout: Layout, supervised_share: float) -
     if recomputed < shape.num_layers - 1:
         backward = max(backward, kept - last - trained * norm_bytes + tokens * mlp)
     if layout.attention == "eager":  # the gradient of the scores, rounded and in fp32
-        kept_last = kept if is_last_kept else recomputed * checkpoint + last
+        kept_last = kept if is_last_kept else kept + last - last_again
         backward = max(backward, kept_last + (FP32 + element) * shape.num_heads * tokens * tokens)
     if not is_last_kept:
-        backward = max(backward, recomputed * checkpoint + last + rope + trained * mlp)
+        before = (recomputed - 1) * checkpoint + last_checkpoint
+        backward = max(backward, before + last - last_again + rope + max(trained * mlp, dora))
     if recomputed:
         first = recomputed if is_last_kept else recomputed - 1
-        backward = max(backward, first * checkpoint + layer + rope + tokens * mlp)
-    return Activations(kept, final_norm, backward, *_loss_bytes(shape, layout, trained))
+        backward = max(backward, first * checkpoint + layer - again + rope + max(tokens * mlp, dora))
+    loss, loss_kept = _loss_bytes(shape, layout, trained)
+    return Activations(kept, final_norm, backward, max(loss, dora), loss_kept)
 
 
 def _loss_bytes(shape: ModelShape, layout: Layout, trained: int) -> tuple[int, int]:
@@ -122,10 +154,53 @@ def layer_bytes(shape: ModelShape, layout: Layout, rows: int | None = None) -> i
         of_attention = sum(name in ("q_proj", "k_proj", "v_proj") for name in adapted)
         before += element_bytes(layout) * layout.rank * of_attention
         after += element_bytes(layout) * layout.rank * (len(adapted) - of_attention)
+        if layout.dora:  # what the frozen layer and the adapter gave, to be scaled
+            widths = [shape.layer_linears[name][1] for name in adapted]
+            before += element_bytes(layout) * 2 * sum(widths[:of_attention])
+            after += element_bytes(layout) * 2 * sum(widths[of_attention:])
     # The attention's output, of the chosen rows, or of samples that were computed apart; of all rows flash keeps it.
     if (rows is not None or layout.attention != "flash") and _keeps_input(layout, ("o_proj",)):
         after += element_bytes(layout) * shape.query_size
     return tokens * before + (tokens if rows is None else rows) * after
+
+
+def product_bytes(shape: ModelShape, layout: Layout, rows: int | None = None) -> tuple[int, int]:
+    """What selective recomputation keeps of a layer beside its input: the results of matrix products and attention.
+
+    Args:
+        rows: as for `layer_bytes`.
+
+    Returns:
+        Their bytes, and the bytes of those among them that the layer keeps anyway.
+    """
+    element, tokens = element_bytes(layout), layout.tokens_per_micro_batch
+    after_tokens = tokens if rows is None else rows
+    query, kv, hidden = shape.query_size, shape.kv_size, shape.hidden_size
+    attention = element * query + (0 if layout.attention == "eager" else FP32 * shape.num_heads)
+    inside = 2 * shape.active_intermediate_size  # gate and up
+    outside = hidden * (shape.experts_per_token if shape.num_experts else 1) + shape.num_experts
+    kept_before, kept_after = attention + element * kv, element * inside
+    kept_before += element * (query + kv) if shape.has_qk_norm else 0
+    before, after = attention + element * (query + 2 * kv), element * (inside + hidden + outside)
+    kept = tokens * kept_before + after_tokens * kept_after
+    every = tokens * before + after_tokens * after
+    if layout.method != "full":
+        adapted = [name for name in shape.layer_linears if name in layout.targets]
+        of_attention = sum(name in ("q_proj", "k_proj", "v_proj") for name in adapted)
+        down = element * layout.rank * (tokens * of_attention + after_tokens * (len(adapted) - of_attention))
+        every, kept = every + down, kept + down
+        if layout.dora:  # it keeps each product's result, and multiplies A with the unit matrix
+            kept = every
+            every += element * layout.rank * sum(inputs for inputs, _ in shape.linears(layout.targets))
+    return every, kept
+
+
+def _dora_bytes(shape: ModelShape, layout: Layout) -> int:
+    """For a moment, while DoRA measures a weight: a unit matrix, the update, it scaled, and it added to the weight."""
+    if not layout.dora:
+        return 0
+    linears = shape.linears(layout.targets)
+    return element_bytes(layout) * max(inputs * (inputs + layout.rank + 3 * outputs) for inputs, outputs in linears)
 
 
 def _norm_bytes_token(shape: ModelShape, layout: Layout) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from qwen_dist.activations import Activations, activations_of, element_bytes
+from qwen_dist.activations import OFFLOAD_CHUNK_BYTES, Activations, activations_of, element_bytes
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape
 from qwen_dist.states import MOMENTS_BYTES, States, states_of
@@ -130,7 +130,7 @@ def memory_of(shape: ModelShape, layout: Layout, supervised_share: float = 1.0) 
     states = states_of(shape, layout)
     activations = activations_of(shape, layout, supervised_share)
     gpu = {moment: _with_overhead(layout, parts) for moment, parts in _moments(states, activations).items()}
-    hosts = MappingProxyType(_hosts(shape, layout, states))
+    hosts = MappingProxyType(_hosts(shape, layout, states, activations.offloaded))
     copy = 0 if layout.on_nvme else layout.gpus_per_node * (FP32 * states.shard_elements + states.moments)
     return Memory(MappingProxyType(gpu), hosts, _disk(shape, layout, states), copy)
 
@@ -142,8 +142,8 @@ def _moments(states: States, activations: Activations) -> dict[str, Parts]:
         return Parts(weights or states.live_weights, gradients, states.optimizer, buckets, kept, logits)
 
     shards, resting = states.gradients, states.resting_gradients
-    # The head's gradient is made with the loss. Larger than a bucket, it is whole until it is reduced, which is when the
-    # final norm's is there: before any layer's backward.
+    # The head's gradient is made with the loss. Larger than a bucket, it is whole until it is reduced, which is when
+    # the final norm's is there: before any layer's backward.
     loss = parts(shards, states.step_buckets, activations.kept, activations.loss)
     first = parts(shards + states.reduced_gradient, states.step_buckets, activations.final_norm)
     later = parts(shards + states.lasting_gradient, states.step_buckets, activations.backward)
@@ -168,7 +168,7 @@ def _with_overhead(layout: Layout, parts: Parts) -> Parts:
     return Parts(**values)
 
 
-def _hosts(shape: ModelShape, layout: Layout, states: States) -> dict[str, Parts]:
+def _hosts(shape: ModelShape, layout: Layout, states: States, offloaded: int) -> dict[str, Parts]:
     """Of a machine, its processes together."""
     processes, element = layout.gpus_per_node, element_bytes(layout)
     train = Parts(
@@ -176,6 +176,7 @@ def _hosts(shape: ModelShape, layout: Layout, states: States) -> dict[str, Parts
         gradients=processes * states.host_gradients,
         optimizer=processes * states.host_optimizer,
         buckets=processes * states.host_buckets,
+        activations=processes * -(-offloaded // OFFLOAD_CHUNK_BYTES) * OFFLOAD_CHUNK_BYTES,
         workspace=processes * PROCESS_BYTES,
     )
     whole = element * shape.num_parameters

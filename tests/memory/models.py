@@ -20,14 +20,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qwen_dist.activations import element_bytes
+from qwen_dist.activations import OFFLOAD_CHUNK_BYTES, element_bytes
 from qwen_dist.config import Method
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape
 from qwen_dist.train.model.kernels import use_lean
 from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.model.losses import add_losses
-from qwen_dist.train.model.recompute import least_inner_of, recompute_layers
+from qwen_dist.train.model.offload import HostStore, offload_layers
+from qwen_dist.train.model.recompute import decoder_layers, least_inner_of, recompute_layers
+
+
+def _flash_shapes(q_TQD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp, as flash-attn's operation gives them."""
+    return torch.empty_like(q_TQD), q_TQD.new_empty((q_TQD.shape[1], q_TQD.shape[0]), dtype=torch.float32)
+
+
+_flash_forward = torch.library.custom_op("flash_attn::memory_of_varlen", _flash_shapes, mutates_args=())
+_flash_forward.register_fake(_flash_shapes)
 
 
 class _Flash(torch.autograd.Function):
@@ -35,8 +45,7 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_TQD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
-        out_TQD = torch.empty_like(q_TQD)
-        lse_QT = q_TQD.new_empty((q_TQD.shape[1], q_TQD.shape[0]), dtype=torch.float32)
+        out_TQD, lse_QT = _flash_forward(q_TQD, k_TKD, v_TKD)
         ctx.save_for_backward(q_TQD, k_TKD, v_TKD, out_TQD, lse_QT)
         return out_TQD
 
@@ -97,10 +106,20 @@ def model_of(shape: ModelShape, layout: Layout) -> torch.nn.Module:
             model = add_adapters(model, method, 0)
             model.to(dtype)  # as they are beside real weights; peft leaves those beside meta ones as made, in fp32
     add_losses(model)
+    return model.train()
+
+
+def save_activations(model: torch.nn.Module, shape: ModelShape, layout: Layout) -> HostStore | None:
+    """As the trainer does it, with host memory that is not there either."""
+    layers, store = decoder_layers(model), None
+    if layout.offload_activations:
+        store = HostStore(layers, torch.device("meta"))
+        store.chunks = [torch.empty(OFFLOAD_CHUNK_BYTES, dtype=torch.uint8, device="meta") for _ in range(64)]
+        offload_layers(layers, store)
     kind = "selective" if layout.is_selective else "layer"
     rank = layout.rank if layout.method != "full" else 0
-    recompute_layers(model, layout.recomputed_layers, kind, least_inner_of(shape.head_dim, rank))
-    return model.train()
+    recompute_layers(model, layout.recomputed_layers, kind, least_inner_of(shape.head_dim, rank), store)
+    return store
 
 
 @dataclass(frozen=True)
@@ -108,13 +127,15 @@ class Counted:
     """Bytes, without parameters and inputs.
 
     Attributes:
-        kept: distinct storages that autograd keeps after forward and loss.
+        kept: what is still there after forward and loss: autograd keeps it.
         forward_peak, backward_peak: most that was allocated at one time.
+        offloaded: what was copied to host memory.
     """
 
     kept: int
     forward_peak: int
     backward_peak: int
+    offloaded: int
 
 
 class _Allocated(TorchDispatchMode):
@@ -149,6 +170,7 @@ def count(shape: ModelShape, layout: Layout, num_trained: int) -> Counted:
     Gradients are dropped as soon as they are made: DeepSpeed moves them to its buckets.
     """
     model = model_of(shape, layout)
+    store = save_activations(model, shape, layout)
     tokens = layout.tokens_per_micro_batch
     with torch.device("meta"):
         ids_1T = torch.zeros(1, tokens, dtype=torch.long)
@@ -158,33 +180,25 @@ def count(shape: ModelShape, layout: Layout, num_trained: int) -> Counted:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     inputs = [ids_1T, positions_1T, positions_N, targets_N, weights_N]
-    known = [*model.parameters(), *model.buffers(), *inputs]
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[_key(tensor)] = tensor.untyped_storage()
-        return tensor
-
+    known = [*model.parameters(), *model.buffers(), *inputs, *(store.chunks if store else ())]
     # Packed samples would be searched for in the positions' values, which there are none of; a mask with all four
     # dimensions is passed on as it is, and our attention looks at none.
     mask = torch.zeros(1, 1, 1, 1, device="meta")
     allocated = _Allocated(known)
     with allocated:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss, _ = model(
-                input_ids=ids_1T,
-                position_ids=positions_1T,
-                attention_mask=mask,
-                use_cache=False,
-                positions_N=positions_N,
-                targets_N=targets_N,
-                weights_N=weights_N,
-            )
-        kept_bytes = sum(storage.nbytes() for key, storage in kept.items() if allocated.sizes.get(key, 0))
-        kept.clear()
+        loss, _ = model(
+            input_ids=ids_1T,
+            position_ids=positions_1T,
+            attention_mask=mask,
+            use_cache=False,
+            positions_N=positions_N,
+            targets_N=targets_N,
+            weights_N=weights_N,
+        )
+        kept_bytes, offloaded_bytes = allocated.now, store.used_bytes if store else 0
         forward_peak, allocated.peak = allocated.peak, 0
         loss.backward()
-    return Counted(kept_bytes, forward_peak, allocated.peak)
+    return Counted(kept_bytes, forward_peak, allocated.peak, offloaded_bytes)
 
 
 def _key(tensor: torch.Tensor) -> int:

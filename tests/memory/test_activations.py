@@ -29,6 +29,14 @@ CASES = {
         "qwen3-14b", replace(LORA, packs_per_micro_batch=8, recomputed_layers=4),
     ),
     "qwen3-14b lora of attention": ("qwen3-14b", replace(LORA, targets=("q_proj", "v_proj"), rank=8)),
+    "qwen3-14b full, half selective": ("qwen3-14b", replace(FULL, recomputed_layers=2, is_selective=True)),
+    "qwen3-14b full, all selective": ("qwen3-14b", replace(FULL, recomputed_layers=4, is_selective=True)),
+    "qwen3-14b lora, all selective": ("qwen3-14b", replace(LORA, recomputed_layers=4, is_selective=True)),
+    "qwen2.5-14b lora, 32k, all selective": (
+        "qwen2.5-14b", replace(LORA, max_tokens=32768, recomputed_layers=4, is_selective=True),
+    ),
+    "qwen3-14b DoRA": ("qwen3-14b", replace(LORA, dora=True)),
+    "qwen3-14b DoRA, all selective": ("qwen3-14b", replace(LORA, dora=True, recomputed_layers=4, is_selective=True)),
     "qwen2.5-14b full": ("qwen2.5-14b", FULL),
     "qwen2.5-14b full, 32k, all recomputed": ("qwen2.5-14b", replace(FULL, max_tokens=32768, recomputed_layers=4)),
     "qwen2.5-14b lora, 32k": ("qwen2.5-14b", replace(LORA, max_tokens=32768)),
@@ -52,10 +60,34 @@ def test_what_forward_keeps_and_backward_needs(case: str, share: float) -> None:
     shape, trained = shortened(name), round(share * layout.tokens_per_micro_batch)
     counted, found = count(shape, layout, trained), activations_of(shape, layout, share)
     assert found.kept + found.loss_kept == pytest.approx(counted.kept, rel=0.02)
-    if not layout.recomputed_layers and layout.attention != "eager":  # else a layer's own forward can need more than the loss
+    # Else a layer's own forward can need more than the loss.
+    if not layout.recomputed_layers and layout.attention != "eager":
         assert found.kept + found.loss == pytest.approx(counted.forward_peak, rel=0.02)
     peak = max(found.backward, found.kept + found.loss)
     assert peak == pytest.approx(max(counted.forward_peak, counted.backward_peak), rel=0.05)
+
+
+OFFLOADED = {
+    "full, all kept": FULL,
+    "full, two recomputed": replace(FULL, recomputed_layers=2),
+    "full, all recomputed": replace(FULL, recomputed_layers=8),
+    "full, all selective": replace(FULL, recomputed_layers=8, is_selective=True),
+    "lora, all kept": LORA,
+    "lora, six selective": replace(LORA, recomputed_layers=6, is_selective=True),
+}
+
+
+@pytest.mark.parametrize("case", OFFLOADED)
+def test_what_is_offloaded_and_what_stays(case: str) -> None:
+    layout = replace(OFFLOADED[case], offload_activations=True)
+    shape = replace(KNOWN_SHAPES["qwen3-14b"], num_layers=8)
+    counted, found = count(shape, layout, layout.max_tokens), activations_of(shape, layout, 1.0)
+    assert found.offloaded == pytest.approx(counted.offloaded, rel=0.02)
+    assert found.kept + found.loss_kept == pytest.approx(counted.kept, rel=0.05)
+    peak = max(found.backward, found.kept + found.loss)
+    assert peak == pytest.approx(max(counted.forward_peak, counted.backward_peak), rel=0.1)
+    plain = activations_of(shape, OFFLOADED[case], 1.0)
+    assert found.kept + found.offloaded == pytest.approx(plain.kept, rel=0.02)
 
 
 @pytest.mark.parametrize("layout", [FULL, LORA, replace(LORA, recomputed_layers=1)], ids=str)
