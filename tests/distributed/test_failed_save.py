@@ -116,9 +116,9 @@ def kill_before_latest(run_dir: RunDir, run: subprocess.Popen) -> None:
 
 def stop_twice(run_dir: RunDir, run: subprocess.Popen) -> None:
     """TERM, and TERM again to everybody when the last save is seen."""
-    until(lambda: not list(run_dir.checkpoints.glob(f"*{INCOMPLETE}")), run)
+    before = set(run_dir.checkpoints.glob(f"*{INCOMPLETE}"))
     run.send_signal(signal.SIGTERM)
-    until(lambda: bool(list(run_dir.checkpoints.glob(f"*{INCOMPLETE}"))), run, pause_s=0)
+    until(lambda: bool(set(run_dir.checkpoints.glob(f"*{INCOMPLETE}")) - before), run, pause_s=0)
     for process in (*rank_processes(run), run):
         process.send_signal(signal.SIGTERM)
 

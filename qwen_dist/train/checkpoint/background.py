@@ -25,7 +25,7 @@ ALIGNMENT = 64  # bytes; each piece begins at a multiple
 FREE_SHARE = 0.8
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # one for each running machine, containers included
 GB = 1e9
-NICENESS = 10  # of the thread that hashes and writes: where cores are short, the next step has them first
+NICENESS = 5  # of the thread that hashes and writes: where cores are short, the next step has them first
 
 
 @dataclass(frozen=True)
