@@ -83,7 +83,8 @@ def test_faults_at_every_moment_and_the_run_ends_like_one_without(ranks: Ranks, 
         codes, output = ranks.run(struck, strike((rank,), step, phase, KILL))
         assert codes[rank] == -KILL and codes[1 - rank] == 1, output
         assert f"step {step}, {phase}" in (struck / f"struck_{rank}").read_text()
-        assert "Traceback" not in output
+        assert f"Rank {rank} (" in outcome(struck)["message"] and " is gone (killed" in outcome(struck)["message"]
+        assert output.count("error:") == 1 and "Traceback" not in output and "gloo" not in output
 
     codes, output = ranks.run(struck, strike((1,), 4, "evaluation", TERM))
     assert codes == [75, 75] and "stopped and saved at step" in outcome(struck)["message"], output

@@ -86,6 +86,10 @@ def test_the_one_line() -> None:
     assert "nothing was heard of rank 1 (n1) for 40 s (stopped, dead or cut off), last of step 7" in hang.sentence(
         Blame("silent", (1,)), ranks, 10, list(range(50))
     )
+    assert hang.lost_sentence([1], ranks) == (
+        "Rank 1 (n1) is gone (killed, as the system does when memory runs out, or its machine is lost), last of step "
+        "7, forward of micro-batch 1."
+    )
     many = {rank: seen(7, "agree") for rank in range(1, 64)}
     line = hang.sentence(Blame("silent", (0, *range(10, 40))), many, 10, None)
     assert "ranks 0, 10 (n1), 11 (n1)" in line and "and 23 more" in line and len(line) < 400

@@ -127,6 +127,16 @@ def sentence(blame: Blame, seen: Mapping[int, Seen], bound_s: float, samples: Se
     return f"No rank made progress for {bound_s:.0f} s: {what}{wait}."
 
 
+def lost_sentence(gone: Sequence[int], seen: Mapping[int, Seen]) -> str:
+    """The one line where a collective has failed because ranks are gone."""
+    one = len(gone) == 1
+    why = (
+        f"killed, as the system does when memory runs out, or {'its machine is' if one else 'their machines are'} lost"
+    )
+    names = _names(gone, seen)
+    return f"{names[0].upper()}{names[1:]} {'is' if one else 'are'} gone ({why}), last of {seen[gone[0]].place}."
+
+
 def _order(place: Place) -> tuple[int, ...]:
     return place.order
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwen_dist.data.order.shard import StepPlan
+from qwen_dist.errors import RankFailed
 from qwen_dist.log import get_logger
 from qwen_dist.processes import is_alive
 from qwen_dist.run_dir import RunDir
@@ -37,6 +39,10 @@ LAST_RESORT_S = 30.0
 # A save goes on while a rank writes so much between two looks; less is its log and its place.
 SAVED_BYTES = 1 << 20
 NUM_STEP_TIMES = 20
+# What gloo's and NCCL's errors say of themselves, when a peer has closed its connection (torch 2.13).
+COLLECTIVE = re.compile("gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
+# A rank that told nothing for so many looks, when a collective has failed, is gone.
+LOST_LOOKS, LOST_POLL_S = 3, 0.2
 
 
 class Watchdog:
@@ -86,6 +92,34 @@ class Watchdog:
             self._thread.join(2 * LAST_RESORT_S)
             faulthandler.cancel_dump_traceback_later()
             self._places.tell(place.here()[0], 0.0)
+
+    def lost(self, error: RuntimeError) -> str | None:
+        """Which ranks are gone, where `error` is a collective's and this rank is to say so: the lowest one that lives.
+
+        A dead process of this machine shows at once, one of another machine when it has told nothing for some looks.
+        """
+        if self._thread is None or not COLLECTIVE.search(str(error)):
+            return None
+        deadline = time.monotonic() + LOST_LOOKS * self._look_every_s + 1.0
+        gone: list[int] = []
+        while not gone and time.monotonic() < deadline:
+            time.sleep(LOST_POLL_S)
+            told = self._places.read()
+            gone = [rank for rank in told if self._is_gone(told[rank])]
+        living = [rank for rank in told if rank not in gone]
+        if not gone:
+            return None
+        if self._rank != min(living, default=self._rank):
+            time.sleep(DUMP_S)  # another one speaks, and our launcher may end its ranks when we are gone
+            return None
+        get_logger().debug("a collective failed", exc_info=error)
+        return hang.lost_sentence(gone, _seen(told))
+
+    def _is_gone(self, told: Told) -> bool:
+        if told.seen.place.phase == END:  # it left by itself, most likely because of the one that is gone
+            return False
+        is_here = told.machine == self._places.machine
+        return not is_alive(told.process) if is_here else told.seen.silent_s > LOST_LOOKS * self._look_every_s
 
     def _run(self) -> None:
         while not self._done.wait(self._look_every_s):
@@ -162,10 +196,18 @@ class Watchdog:
 
 @contextmanager
 def watching(end: Callable[[str | None], object]) -> Iterator[Watchdog]:
-    """A watchdog, to be started, until the block ends."""
+    """A watchdog, to be started, until the block ends.
+
+    Raises:
+        RankFailed: on one rank, in place of the error of a collective that another rank did not live to finish.
+    """
     watchdog = Watchdog(end)
     try:
         yield watchdog
+    except RuntimeError as error:
+        if (message := watchdog.lost(error)) is not None:
+            raise RankFailed(message) from error
+        raise
     finally:
         watchdog.close()
 
