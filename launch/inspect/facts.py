@@ -88,6 +88,10 @@ def _shape(source: dict[str, Any]) -> Iterator[Fact]:
     for key, label in (("rows_trimmed", "trimmed"), ("rows_split", "split")):
         if source[key]:
             yield label, counted(source[key], "row"), "longer than data.max_tokens"
+    if number := source["rows_with_unfed_end"]:
+        yield "not fed", f"the end of {counted(number, 'row')}", "nothing is learned after the last trained token"
+    if number := source["unfed_tokens"]:
+        yield "not fed", counted(number, "token"), "of chunks of split texts, after their last trained one"
 
 
 def _left_out(source: dict[str, Any]) -> Iterator[Fact]:

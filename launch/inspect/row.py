@@ -93,6 +93,8 @@ def why_missing(split: SplitData, place: Place) -> list[str]:
             limit = split.run.data.max_tokens
             longest = f" ({result.shortest_dropped:,} tokens, and data.max_tokens is {limit:,})"
         found.append(f"{where} {what}: {reason}{longest}.")
+    if result.num_unfed_end or result.num_tail:
+        found.append(f"{where} is not fed to its end: nothing is learned from what follows its last trained token.")
     return found + _left_out(split, place)
 
 

@@ -3,6 +3,9 @@
 A step's object: step, epoch, loss, lr, grad_norm, tokens, supervised_tokens, tokens_per_s,
 supervised_tokens_per_s, step_time_s, data_wait_s, mem_peak_gb, world_size; of several ranks: rank_time_spread (the
 slowest rank's own time over the median one's, qwen_dist/train/faults/straggler.py) and slow_rank.
+Where the data has several sources, samples with thinking and without, or several turns of a conversation:
+loss_by_source/<name>, loss_by_thinking/on and /off, loss_by_turn/first and /later (of a row's trained ones), the same
+tokens' mean loss, of those that the step has; with eval_ before them, of an evaluation.
 An evaluation's: step, epoch, eval_loss, eval_supervised_tokens, eval_time_s.
 A save's: step, epoch, save_time_s, save_stall_s (training waited), save_bytes.
 A fault's (qwen_dist/train/faults): step, epoch (where the run stands after it: a rollback is further back), fault_step,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -40,6 +42,7 @@ class Engine:
         self.backend = backend
         self.world = world
         self.forward_clock = ForwardClock(world.device)
+        self._token_losses: list[torch.Tensor] | None = None
 
     def backward(self, batch: MicroBatch, step_weight: float) -> torch.Tensor:
         """Add one micro-batch's share to the step's gradient.
@@ -64,7 +67,19 @@ class Engine:
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """The micro-batch's weighted sum of negative log-likelihoods, to be given to `backward_of`."""
         batch.seed_dropout()
-        return summed_loss(self.ds_engine, batch, self.backend, self.world.device)
+        nll_sum, nll_N = losses_of(self.ds_engine, batch, self.backend, self.world.device)
+        if self._token_losses is not None and batch.num_supervised:
+            self._token_losses.append(nll_N)
+        return nll_sum
+
+    @contextlib.contextmanager
+    def token_losses(self) -> Iterator[list[torch.Tensor]]:
+        """A list that each forward in the block adds to: -log p of its supervised tokens, fp32 [N] on the device."""
+        self._token_losses = kept = []
+        try:
+            yield kept
+        finally:
+            self._token_losses = None
 
     def backward_of(self, nll_sum: torch.Tensor, step_weight: float) -> None:
         """`backward` of what `forward` returned.
@@ -103,19 +118,29 @@ class Engine:
 
 
 def summed_loss(model: torch.nn.Module, batch: MicroBatch, backend: str, device: torch.device) -> torch.Tensor:
-    """Weighted sum of the negative log-likelihoods of a micro-batch's supervised tokens, a scalar in fp32.
+    """The sum alone of `losses_of`."""
+    return losses_of(model, batch, backend, device)[0]
+
+
+def losses_of(
+    model: torch.nn.Module, batch: MicroBatch, backend: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum of the negative log-likelihoods of a micro-batch's supervised tokens, and of each its own.
 
     Args:
         model: a model of `add_losses`, or the DeepSpeed engine around it.
         backend: its attention backend.
+
+    Returns:
+        The sum, an fp32 scalar, and fp32 [N] without a gradient.
     """
     # Found before the copy to the device: counting there would wait for it.
     positions_N, targets_N, weights_N = (
         tensor.to(device, non_blocking=True) for tensor in supervised_positions(batch.labels_1T, batch.weights_1T)
     )
     arguments = forward_arguments(batch.to(device), backend)
-    nll_sum, _ = model(**arguments, positions_N=positions_N, targets_N=targets_N, weights_N=weights_N)
-    return nll_sum
+    nll_sum, nll_N = model(**arguments, positions_N=positions_N, targets_N=targets_N, weights_N=weights_N)
+    return nll_sum, nll_N
 
 
 def make_engine(

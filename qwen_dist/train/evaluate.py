@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from qwen_dist.data.batches import build_micro_batch
 from qwen_dist.data.cache.prepare import Prepared
 from qwen_dist.data.order.shard import StepPlan
+from qwen_dist.train.breakdown import Breakdown
 from qwen_dist.train.engine import Engine
 from qwen_dist.train.faults import place
 
 
-def held_out_loss(engine: Engine, held_out: Prepared, plan: StepPlan, pad_id: int) -> float:
-    """Mean negative log-likelihood, each trained token counted by its weight; the same number on every rank."""
+def held_out_loss(
+    engine: Engine, held_out: Prepared, plan: StepPlan, pad_id: int, breakdown: Breakdown
+) -> tuple[float, dict[str, float]]:
+    """Mean negative log-likelihood, each trained token counted by its weight; the same number on every rank.
+
+    Returns:
+        That of all tokens, and those of the kinds that `breakdown` knows, by the names they have in metrics.jsonl.
+    """
     world, nll_sum, weight = engine.world, 0.0, 0.0
+    by_kind = np.zeros(2 * len(breakdown.names))
     engine.ds_engine.eval()
     try:
         for step in range(1, plan.num_steps + 1):
             for samples in plan.packs_of(step, world.rank, world.world_size):
                 place.at("evaluation")
-                nll_sum += float(engine.nll_sum(build_micro_batch(held_out, samples, pad_id)))
+                with engine.token_losses() as nll:
+                    nll_sum += float(engine.nll_sum(build_micro_batch(held_out, samples, pad_id)))
+                by_kind += breakdown.sums(samples, nll)
             weight += plan.weight(step)
     finally:
         engine.ds_engine.train()
-    return world.sum([nll_sum])[0] / weight
+    nll_sum, *sums_2K = world.sum([nll_sum, *by_kind.tolist()])
+    return nll_sum / weight, breakdown.metrics("eval_loss", sums_2K)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from qwen_dist.config import Run
 from qwen_dist.data.cache.prepare import Prepared
@@ -10,6 +11,7 @@ from qwen_dist.data.order.ledger import Ledger
 from qwen_dist.data.order.shard import StepPlan
 from qwen_dist.report.reporter import Reporter
 from qwen_dist.run_dir import RunDir
+from qwen_dist.train.breakdown import Breakdown
 from qwen_dist.train.checkpoint.saver import Saver
 from qwen_dist.train.engine import Engine
 from qwen_dist.train.faults.straggler import Stragglers
@@ -33,3 +35,8 @@ class Job:
     ledger: Ledger
     saver: Saver
     stragglers: Stragglers
+
+    @cached_property
+    def breakdown(self) -> Breakdown:
+        """What a step's loss is told of besides."""
+        return Breakdown(self.train)

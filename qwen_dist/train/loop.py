@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from qwen_dist.train.breakdown import Breakdown
 from qwen_dist.train.checkpoint.state import State
 from qwen_dist.train.evaluate import held_out_loss
 from qwen_dist.train.faults import place
@@ -74,13 +75,14 @@ def _evaluate(job: Job, state: State) -> float:
     plan = job.held_out_plan
     assert job.held_out is not None and plan is not None
     started = time.perf_counter()
-    loss = held_out_loss(job.engine, job.held_out, plan, job.pad_id)
+    loss, by_kind = held_out_loss(job.engine, job.held_out, plan, job.pad_id, Breakdown(job.held_out))
     if job.reporter is not None:
         job.reporter.evaluation(
             {
                 "step": state.step,
                 "epoch": state.epoch,
                 "eval_loss": loss,
+                **by_kind,
                 "eval_supervised_tokens": sum(plan.supervised_tokens(step) for step in range(1, plan.num_steps + 1)),
                 "eval_time_s": time.perf_counter() - started,
             }

@@ -52,7 +52,7 @@ def train_step(job: Job, feed: Feed, step: int) -> Trained:
     weight = plan.weight(step)
     lr = lr_at(step, plan.num_steps, job.run.optim)
 
-    with out_of_memory_told(job, step, taken):
+    with out_of_memory_told(job, step, taken), engine.token_losses() as nll:
         nll_M: list[torch.Tensor] = []
         for batch in taken.batches[:-1]:
             nll_M.append(engine.backward(batch, weight))
@@ -60,9 +60,11 @@ def train_step(job: Job, feed: Feed, step: int) -> Trained:
         nll_M.append(engine.backward(taken.batches[-1], weight))
 
     place.at("agree")
+    by_kind = job.breakdown.sums(taken.samples_N, nll)
     told = [float(sum(nll_M)), float(job.stop.asked), float(job.saver.has_written)]
     own_s_W = job.stragglers.own_times_s(data_wait_s, engine.forward_clock.take_s())
-    total_nll, num_asked_to_stop, num_written, *own_s_W = engine.world.sum([*told, *own_s_W])
+    total_nll, num_asked_to_stop, num_written, *sums = engine.world.sum([*told, *own_s_W, *by_kind])
+    own_s_W, by_kind = sums[: len(own_s_W)], sums[len(own_s_W) :]
     agreed_s = time.perf_counter() - started
     job.saver.hear(num_written)
     job.saver.before_update()
@@ -77,6 +79,7 @@ def train_step(job: Job, feed: Feed, step: int) -> Trained:
         "step": step,
         "epoch": plan.epoch_of(step) + 1,
         "loss": numbers.loss,
+        **job.breakdown.metrics("loss", by_kind),
         "lr": lr,
         "grad_norm": numbers.grad_norm,
         "tokens": plan.tokens(step),

@@ -25,6 +25,9 @@ SUMS = {
     "rows_with_special_tokens": "num_rows_special",
     "rows_trimmed": "num_trimmed",
     "rows_split": "num_split",
+    "rows_with_unfed_end": "num_unfed_end",
+    "unfed_tokens": "num_tail",
+    "later_turns": "num_later_turns",
     "rows_without_system": "num_without_system",
     "rows_with_other_systems": "num_other_systems",
 }

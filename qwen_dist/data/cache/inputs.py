@@ -23,7 +23,7 @@ from qwen_dist.errors import UserError
 
 Split = Literal["train", "eval"]
 # Raised whenever the same rows would come out as other tokens, so that no old folder is taken for a new one.
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 
 
 @dataclass(frozen=True)

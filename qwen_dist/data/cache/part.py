@@ -137,11 +137,19 @@ def _read(
         result.see_system(seen_system(form, tokenizer))
         result.num_reasoning += sum(bool(message.reasoning) for message in form.messages)
     if turns:
+        result.num_unfed_end += has_unfed_end(form, turns, policy.loss)
         yield _Row(place, index, form, turns, key)
         return
     reason = _why_untrained(form, policy.row_format)
     result.drop(reason, place)
     result.rows_dropped[reason] += 1
+
+
+def has_unfed_end(form: Conversation | RawText, turns: list[Turn], loss: str) -> bool:
+    """Whether the row goes on after its last trained turn: that is not rendered, since nothing is learned from it."""
+    if isinstance(form, RawText):
+        return loss != "all" and form.segments[-1].weight == 0
+    return form.messages[-1].index != turns[-1].message
 
 
 def _why_untrained(form: Conversation | RawText, row_format: str) -> str:
@@ -164,6 +172,7 @@ def _kept(
     row: _Row, samples: list[Sample], policy: Policy, tokenizer: ChatTokenizer, result: PartResult
 ) -> Iterator[_Kept]:
     """The samples of a row that fit, whole; the longer ones as `data.too_long` says, else dropped and counted."""
+    result.num_tail += sum(sample.drop_tail() for sample in samples)
     longest = max((len(sample.ids_T) for sample in samples), default=0)
     too_long: list[int] = []
     if longest > policy.max_tokens and policy.too_long == "error":
@@ -174,6 +183,7 @@ def _kept(
         result.num_trimmed += 1
     elif longest > policy.max_tokens and policy.too_long == "split" and isinstance(row.form, RawText):
         samples = [chunk for whole in samples for chunk in split(whole, policy.max_tokens, policy.split_overlap)]
+        result.num_tail += sum(sample.drop_tail() for sample in samples)
         result.num_split += 1
     else:
         too_long = [len(sample.ids_T) for sample in samples if len(sample.ids_T) > policy.max_tokens]
@@ -188,6 +198,8 @@ def _kept(
         if not too_long:
             result.drop(reason, row.place)
         result.rows_dropped[reason] += 1
+    if isinstance(row.form, Conversation) and policy.loss != "all":
+        result.num_later_turns += max(0, sum(len(sample.spans) for sample in samples) - 1)
     ids = [np.array(sample.ids_T, dtype=np.int32) for sample in samples]
     hash_of_samples = _hash(samples, ids)
     for sample, ids_T in zip(samples, ids, strict=True):

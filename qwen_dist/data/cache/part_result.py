@@ -26,7 +26,9 @@ class PartResult:
     `dropped` counts rows without anything to train, malformed rows and samples that are too long; `rows_dropped` the
     rows of which nothing is left: each row is in num_rows_trained, in rows_dropped, in num_bad or in num_over. `bad`
     and `skipped` have the first few malformed rows with their reasons: those that are an error, and those that are
-    left out; `over` the first few that are too long, where that is an error.
+    left out; `over` the first few that are too long, where that is an error. `num_unfed_end` counts rows that go on
+    after their last trained turn, `num_tail` tokens left out after a sample's last trained one, `num_later_turns`
+    trained turns after the first one of a conversation.
     """
 
     source: int
@@ -44,6 +46,9 @@ class PartResult:
     num_rows_special: int = 0
     num_trimmed: int = 0
     num_split: int = 0
+    num_unfed_end: int = 0
+    num_tail: int = 0
+    num_later_turns: int = 0
     modes: Counter[str] = field(default_factory=Counter)
     systems: Counter[str] = field(default_factory=Counter)
     num_without_system: int = 0

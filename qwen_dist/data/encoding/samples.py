@@ -46,6 +46,16 @@ class Sample:
         if start < end:
             self.spans.append((start, end, weight))
 
+    def drop_tail(self) -> int:
+        """Leave out what follows the last trained token, from which nothing is learned; returns how many tokens.
+
+        Under causal attention no trained token sees them.
+        """
+        end = self.spans[-1][1]
+        num_tokens = len(self.ids_T) - end
+        del self.ids_T[end:]
+        return num_tokens
+
 
 def samples_of(turns: Iterable[Turn], ids_of: dict[str, list[int]], loss: str = "responses") -> list[Sample]:
     """Chain a row's turns greedily into as few samples as law 1 allows.
