@@ -22,12 +22,12 @@ TOKENS, HIDDEN = 256, SMALL_QWEN3["hidden_size"]
 
 
 def make_spec(folder: Path, depths: list[tuple[int, int]], **changes: Any) -> Path:
-    """spec.json of a small Qwen3 of 12 layers; `method` and `revision` are the run's, other `changes` the spec's."""
+    """spec.json of a small Qwen3 of 12 layers; `method` and `attention` are the run's, other `changes` the spec's."""
     (folder / "config.json").write_text(json.dumps({**SMALL_QWEN3, "num_hidden_layers": 12}))
     run = Run.model_validate(
         {
             "name": "probed",
-            "model": {"path": str(folder / "config.json")},
+            "model": {"path": str(folder / "config.json"), "attention": changes.pop("attention", "auto")},
             "method": {"kind": changes.pop("method", "full")},
             "data": {"train": [{"path": "rows.jsonl"}], "max_tokens": TOKENS},
             "batch": {"packs_per_step": 2, "packs_per_micro_batch": 1},
@@ -56,16 +56,15 @@ def run_probe(spec: Path, expected_code: int = EXIT_DONE) -> dict[str, Any]:
 
 
 def test_depths_are_measured(tmp_path: Path) -> None:
-    result = run_probe(make_spec(tmp_path, [(1, 0), (3, 0), (3, 3), (3, 1)]))
+    result = run_probe(make_spec(tmp_path, [(1, 1), (1, 0), (3, 0), (3, 3), (3, 1)]))
     assert result["backend"] == "sdpa"
     found = {(each["layers"], each["recomputed"]): each for each in result["measurements"]}
     assert all(each["micro_batch_s"] > 0 and each["optimizer_s"] > 0 for each in found.values())
     saved = {depth: each["saved_bytes"] for depth, each in found.items()}
     layer = (saved[3, 0] - saved[1, 0]) / 2
-    rest = saved[1, 0] - layer
     layer_input = TOKENS * HIDDEN * 2  # bf16: all that a recomputed layer keeps of its own
     # The first layer's input is what the embedding made, the others' is what the layer before keeps for its norm.
-    assert saved[3, 3] == pytest.approx(rest + 3 * layer_input, rel=0.03)
+    assert saved[3, 3] == pytest.approx(saved[1, 1] + 2 * layer_input, rel=0.03)
     assert saved[3, 1] == pytest.approx(saved[3, 0] - layer + layer_input, rel=0.03)
     assert layer > 8 * layer_input
 
@@ -80,8 +79,9 @@ def test_adapters_are_measured_on_random_weights(method: str, tmp_path: Path) ->
 
 
 def test_too_little_memory_is_a_sentence(tmp_path: Path) -> None:
-    # Without flash attention two samples of 2 million tokens need a mask of 16e12 bytes.
-    result = run_probe(make_spec(tmp_path, [(2, 0)], tokens=4_000_000, sample_tokens=2_000_000), EXIT_USAGE)
+    # Eager attention over two samples of 2 million tokens needs a mask of 16e12 bytes.
+    spec = make_spec(tmp_path, [(2, 0)], tokens=4_000_000, sample_tokens=2_000_000, attention="eager")
+    result = run_probe(spec, EXIT_USAGE)
     assert result["error"] == (
         "The probe ran out of memory with 2 layers and 4,000,000 tokens at a time; "
         "set a lower data.max_tokens or batch.packs_per_micro_batch."

@@ -128,7 +128,8 @@ def test_sdpa_keeps_samples_beside_their_row(trained: str) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        attended, _ = packed.sdpa(projection, *(row.requires_grad_() for row in rows), None, sample_lengths=lengths)
+        bounds = packed.Boundaries(lengths, torch.empty(0), max(lengths))
+        attended, _ = packed.sdpa(projection, *(row.requires_grad_() for row in rows), None, boundaries=bounds)
         projection(attended.reshape(1, sum(lengths), -1).contiguous())
     kept.pop(projection.weight.untyped_storage().data_ptr(), None)
     shape = replace(KNOWN_SHAPES["qwen2.5-7b"], num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=query)

@@ -140,7 +140,8 @@ def test_a_window_longer_than_a_block_of_rows(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(packed, "WINDOW_ROWS", 3)
     query, key, value = (torch.randn(1, heads, 25, 8) for heads in (4, 2, 2))
     for window in (1, 2, 4, 11, 12, 40):
-        found, _ = packed.sdpa(torch.nn.Identity(), query, key, value, None, 0.0, 0.4, window, sample_lengths=(11, 14))
+        bounds = packed.Boundaries((11, 14), torch.tensor([0, 11, 25]), 14)
+        found, _ = packed.sdpa(torch.nn.Identity(), query, key, value, None, 0.0, 0.4, window, boundaries=bounds)
         rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         torch.testing.assert_close(found[0], plain_attention(*rows, [0, 11, 25], 0.4, window - 1))
 
@@ -166,11 +167,11 @@ def test_no_mask_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_forward_is_told_the_boundaries() -> None:
-    arguments = forward_arguments(batch_of(*ORDER), "flash_attention_2")
-    assert arguments["cu_seq_lens_q"].tolist() == [0, 11, 16, 24]
-    assert arguments["max_length_k"] == 11 and type(arguments["max_length_q"]) is int
-    lengths = forward_arguments(batch_of(*ORDER), "sdpa")["sample_lengths"]
-    assert lengths == (11, 5, 8) and {type(length) for length in lengths} == {int}
+    told = forward_arguments(batch_of(*ORDER), "flash_attention_2")["boundaries"]
+    assert told.cu_seq_lens.tolist() == [0, 11, 16, 24]
+    assert told.max_length == 11 and type(told.max_length) is int
+    assert told.lengths == (11, 5, 8) and {type(length) for length in told.lengths} == {int}
+    assert "boundaries" not in forward_arguments(batch_of(*ORDER), "eager")
 
 
 def test_what_computes_here() -> None:

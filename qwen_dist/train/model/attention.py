@@ -10,6 +10,7 @@ import torch
 from qwen_dist.backends import FLASH, Capability, choose_attention, installed_packages
 from qwen_dist.data.batches import MicroBatch
 from qwen_dist.errors import EnvironmentNotReady
+from qwen_dist.train.model.packed import Boundaries
 
 
 def attention_in_force(asked: str, device: str, precision: str) -> tuple[str, str]:
@@ -71,9 +72,6 @@ def forward_arguments(batch: MicroBatch, backend: str) -> dict[str, Any]:
         "attention_mask": None,
         "use_cache": False,
     }
-    if backend == "sdpa":
-        arguments["sample_lengths"] = batch.sample_lengths
-    elif backend != "eager":
-        boundaries = {"cu_seq_lens_q": batch.cu_seq_lens, "cu_seq_lens_k": batch.cu_seq_lens}
-        arguments |= boundaries | {"max_length_q": batch.max_length, "max_length_k": batch.max_length}
+    if backend != "eager":
+        arguments["boundaries"] = Boundaries(batch.sample_lengths, batch.cu_seq_lens, batch.max_length)
     return arguments

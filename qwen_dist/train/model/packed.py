@@ -1,6 +1,7 @@
 """Attention over a row of samples, each of which sees only itself; registered with transformers.
 
 Every function is told where the samples end, and has no way to look across: there is no mask that could be wrong.
+None is a part of what torch.compile makes: it would compile anew for other boundaries.
 transformers makes none for a backend that its mask interface does not know (5.23, `_preprocess_mask_arguments`), and
 does not search the positions for samples either, which would wait for the device.
 
@@ -32,6 +33,19 @@ SHORT = {name: name.replace("flash_attention_", "fa") for name in FLASH}
 Attended = tuple[torch.Tensor, None]
 
 
+class Boundaries:
+    """Where the samples of a row end. No dataclass: torch.compile would look into one, and compile anew for each.
+
+    Args:
+        lengths: tokens of each sample, Python ints: reading them from a tensor would wait for the device.
+        cu_seq_lens: int32 [S+1] on the device, where each sample begins, and T.
+        max_length: tokens of the longest sample.
+    """
+
+    def __init__(self, lengths: Sequence[int], cu_seq_lens: torch.Tensor, max_length: int) -> None:
+        self.lengths, self.cu_seq_lens, self.max_length = lengths, cu_seq_lens, max_length
+
+
 def implementation_of(backend: str) -> str:
     """transformers' name (`attn_implementation`) of a backend of `model.attention`."""
     return backend if backend == "eager" else PREFIX + SHORT.get(backend, backend)
@@ -47,23 +61,21 @@ def sdpa(
     scaling: float | None = None,
     sliding_window: int | None = None,
     *,
-    sample_lengths: Sequence[int],
+    boundaries: Boundaries,
     **_: Any,
 ) -> Attended:
     """torch's scaled_dot_product_attention, sample by sample.
 
     One call a sample costs less than padded batches of alike lengths (CPU, 20 to 90 samples of 2,048 tokens: their
     copies take more than the calls), and 3 to 20 times less than one call with a T x T mask.
-
-    Args:
-        sample_lengths: tokens of each sample, Python ints: reading them from a tensor would wait for the device.
     """
     groups = query_1HTD.shape[1] // key_1KTD.shape[1]
     if groups > 1 and key_1KTD.is_cuda and key_1KTD.dtype == torch.float32:
         # In fp32 only the memory-efficient kernel keeps no T x T scores, and it does not know shared heads.
         key_1KTD, value_1KTD, groups = repeat_kv(key_1KTD, groups), repeat_kv(value_1KTD, groups), 1
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": groups > 1}
-    samples = zip(*(rows.split(tuple(sample_lengths), 2) for rows in (query_1HTD, key_1KTD, value_1KTD)), strict=True)
+    lengths = tuple(boundaries.lengths)
+    samples = zip(*(rows.split(lengths, 2) for rows in (query_1HTD, key_1KTD, value_1KTD)), strict=True)
     outputs = [_one_sample(query, key, value, sliding_window, options) for query, key, value in samples]
     joined = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
     return joined.transpose(1, 2), None
@@ -97,10 +109,7 @@ def varlen(
     scaling: float | None = None,
     sliding_window: int | None = None,
     *,
-    cu_seq_lens_q: torch.Tensor,
-    cu_seq_lens_k: torch.Tensor,
-    max_length_q: int,
-    max_length_k: int,
+    boundaries: Boundaries,
     **_: Any,
 ) -> Attended:
     """torch's own `varlen_attn`: the flash kernels that come with torch, forward and backward, in bf16."""
@@ -116,12 +125,20 @@ def varlen(
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if "window_size" in known:
         options["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
-    elif sliding_window is None or sliding_window >= max_length_k:
+    elif sliding_window is None or sliding_window >= boundaries.max_length:
         options["is_causal"] = True
     else:
         raise UserError("model.attention=varlen has sliding windows from torch 2.11 on; update it, or set sdpa.")
     out_THD = varlen_attn(
-        query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scale=scaling, **options
+        query,
+        key,
+        value,
+        boundaries.cu_seq_lens,
+        boundaries.cu_seq_lens,
+        boundaries.max_length,
+        boundaries.max_length,
+        scale=scaling,
+        **options,
     )
     return out_THD.unsqueeze(0), None
 
@@ -137,10 +154,7 @@ def flash(
     scaling: float | None = None,
     sliding_window: int | None = None,
     *,
-    cu_seq_lens_q: torch.Tensor,
-    cu_seq_lens_k: torch.Tensor,
-    max_length_q: int,
-    max_length_k: int,
+    boundaries: Boundaries,
     **_: Any,
 ) -> Attended:
     """A flash-attention package, through transformers' integration of it, which knows what each version takes.
@@ -161,10 +175,10 @@ def flash(
         dropout=dropout,
         softmax_scale=scaling,
         sliding_window=sliding_window,
-        cu_seq_lens_q=cu_seq_lens_q,
-        cu_seq_lens_k=cu_seq_lens_k,
-        max_length_q=max_length_q,
-        max_length_k=max_length_k,
+        cu_seq_lens_q=boundaries.cu_seq_lens,
+        cu_seq_lens_k=boundaries.cu_seq_lens,
+        max_length_q=boundaries.max_length,
+        max_length_k=boundaries.max_length,
         attn_implementation=name,
     )
     return out_1RHD, None
@@ -174,4 +188,4 @@ FUNCTIONS: dict[str, Callable[..., Attended]] = {
     "sdpa": sdpa, "varlen": varlen, **{name: functools.partial(flash, name) for name in FLASH},
 }  # fmt: skip
 for _name, _function in FUNCTIONS.items():
-    AttentionInterface.register(implementation_of(_name), _function)
+    AttentionInterface.register(implementation_of(_name), torch.compiler.disable(_function))
