@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 SLURM := tests/slurm/cluster.sh
-# Tests in seconds first, then those that start real processes, model exports and batch jobs.
-SLOW_TESTS := tests/export/ tests/examples/ tests/distributed/ tests/slurm/ tests/gpu/
+# Tests of one process side by side on all cores; then, one at a time, those that start ranks, batch jobs and GPU work.
+RANK_TESTS := tests/distributed/ tests/slurm/ tests/gpu/
 ALL_TESTS := $(wildcard tests/test_*.py) $(sort $(dir $(wildcard tests/*/test_*.py)))
 
 .DEFAULT_GOAL := help
@@ -17,7 +17,8 @@ demo: $(STAMP) ## Train, export and chat with a small Qwen on 2 CPU processes (a
 	@$(VENV)/bin/python examples/demo/demo.py
 
 test: $(STAMP) ## Run all tests that this machine can run
-	@$(VENV)/bin/python -m pytest $(filter-out $(SLOW_TESTS),$(ALL_TESTS)) $(filter $(ALL_TESTS),$(SLOW_TESTS))
+	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(filter-out $(RANK_TESTS),$(ALL_TESTS))
+	@$(VENV)/bin/python -m pytest $(filter $(ALL_TESTS),$(RANK_TESTS))
 	@echo
 	@echo "All tests passed. Next: make demo, or qwen-dist init for a run of your own"
 	@[ -f .slurm/slurm.conf ] || echo "(tests on a real Slurm: make slurm-up, then make test again)"
