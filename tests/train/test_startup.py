@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
 from qwen_dist.data.order.table import Table
 from qwen_dist.train.startup.contract import Compared, Found, Setting, problem
-from qwen_dist.train.startup.mock_step import Largest, largest_micro_batch, mock_batch
+from qwen_dist.train.startup.mock_step import Largest, largest_micro_batch, mock_batch, too_large
 from qwen_dist.train.startup.tiny import tiny_config, tiny_ds_config, tiny_run, tiny_step
 
 SETTING = Setting(3, 1, 4, 2, "sdpa", "deepspeed 9")
@@ -84,13 +86,13 @@ def test_the_tiny_model_is_of_the_same_kind(key: str) -> None:
 
 def test_the_tiny_run_is_the_run_but_for_its_size(tmp_path: Path) -> None:
     run = run_of(
-        tmp_path, QWEN3_14B, method={"kind": "lora", "rank": 64, "dropout": 0.1, "dora": True},
+        tmp_path, QWEN3_14B, method={"kind": "lora", "rank": 64, "dropout": 0.1, "rslora": True, "init": "pissa"},
         batch={"packs_per_step": 256, "packs_per_micro_batch": 4}, zero={"stage": 3, "offload": "all", "hpz": True},
         model={"activation_checkpointing": 7},
     )  # fmt: skip
     (tmp_path / "tiny").mkdir()
     tiny = tiny_run(run, QWEN3_14B, tmp_path / "tiny")
-    assert (tiny.method.rank, tiny.method.dropout, tiny.method.dora) == (8, 0, True)
+    assert (tiny.method.rank, tiny.method.dropout, tiny.method.rslora) == (8, 0, True)
     assert tiny.model.activation_checkpointing == 1, "some layers are recomputed, some are not"
     config = deepspeed_config(run, 8)
     small = tiny_ds_config(config, tiny, 8)
@@ -156,3 +158,12 @@ def test_the_largest_micro_batch_is_one_that_may_come(lengths: tuple, full: int,
 
 def test_a_micro_batch_without_samples_is_not_measured() -> None:
     assert largest_micro_batch(Plan(30, 40, 10, 20), 2, 1, 1000).tokens == 70
+
+
+def test_what_does_not_fit_is_told_with_what_can_be_changed(tmp_path: Path) -> None:
+    run = run_of(tmp_path, QWEN3_14B, batch={"packs_per_step": 8, "packs_per_micro_batch": 2})
+    world = SimpleNamespace(rank=3, device=torch.device("cpu"))
+    engine = SimpleNamespace(world=world, ds_engine=SimpleNamespace(module=torch.nn.Linear(1, 1)))
+    told = too_large(SimpleNamespace(run=run, engine=engine), Largest(8192, 4096, 0.5), 0, "can't allocate memory")
+    assert told.startswith("Out of memory before step 1, in the mock step on rank 3 (8,192 tokens, the most that")
+    assert "Set batch.packs_per_micro_batch=1 (now 2), or data.max_tokens lower (now 4,096), or " in told

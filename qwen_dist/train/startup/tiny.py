@@ -56,10 +56,12 @@ def tiny_run(run: Run, config: dict[str, Any], folder: Path) -> Run:
     """The run with a model of `tiny_config`, written into `folder`.
 
     Without dropout, whose masks no other computation has, and without torch.compile, which would take a minute. The
-    frozen base of qlora is not quantized: its adapters' gradients go the same way beside any base.
+    frozen base of qlora is not quantized, and PiSSA's adapters start as any others, which saves 7 s of singular values
+    on a CPU: gradients go the same way beside any base and from any start.
     """
     kind = "lora" if run.method.kind == "qlora" else run.method.kind
-    method = run.method.model_copy(update={"kind": kind, "dropout": 0.0, "rank": min(run.method.rank, MAX_RANK)})
+    changes = {"kind": kind, "dropout": 0.0, "init": "default", "rank": min(run.method.rank, MAX_RANK)}
+    method = run.method.model_copy(update=changes)
     layers = config["num_hidden_layers"]
     recomputed = run.num_recomputed(layers)
     of_tiny = LAYERS if recomputed == layers else min(1, recomputed)
