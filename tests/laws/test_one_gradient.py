@@ -63,6 +63,20 @@ ENGINES = {
     for stage, offload in ((2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "all"))
 }
 ZERO_2, ZERO_3 = ENGINES["zero-2 none"], ENGINES["zero-3 none"]
+# Else ZeRO-3 keeps such small weights whole on every rank, and nothing is gathered.
+GATHERED = ZERO_3 | {"zero__overrides": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+SELECTIVE = RECOMPUTE | {"model__recompute": "selective"}
+VARIANTS = {
+    "rslora": {"method": LORA | {"rslora": True}},
+    "dora": {"method": LORA | {"dora": True}},
+    "pissa": {"method": LORA | {"init": "pissa"}},
+    "loraplus": {"method": LORA | {"lr_ratio_b": 16}},
+    "8bit": {"optim__kind": "adamw_8bit"},
+    "all": {
+        "method": LORA | {"rslora": True, "dora": True, "init": "pissa", "lr_ratio_b": 16},
+        "optim__kind": "adamw_8bit",
+    },
+}
 
 # name -> (packs, changes); the first word names its reference.
 Ways = dict[str, tuple[list[list[int]], dict[str, Any]]]
@@ -75,6 +89,7 @@ def references() -> Ways:
         "weighted reference": (ONE_A_PACK, {}),
         "lora reference": (ONE_A_PACK, METHODS["lora"]),
         **{f"{name} reference": (ONE_A_PACK, {"model__path": name}) for name in MODELS},
+        **{f"{name} reference": (ONE_A_PACK, changes) for name, changes in VARIANTS.items()},
     }
 
 
@@ -106,6 +121,12 @@ def other_ways() -> Ways:
     for name in MODELS:
         ways[f"{name} zero-2"] = (UNEVEN_WITH_EMPTY, ZERO_2 | {"model__path": name})
         ways[f"{name} zero-3"] = (UNEVEN_WITH_EMPTY, ZERO_3 | {"model__path": name} | RECOMPUTE)
+    for name, changes in VARIANTS.items():
+        ways[f"{name} zero-2"] = (UNEVEN_WITH_EMPTY, ZERO_2 | changes)
+        ways[f"{name} zero-3"] = (UNEVEN_WITH_EMPTY, GATHERED | changes)
+    ways["full selective"] = (UNEVEN_WITH_EMPTY, ZERO_2 | SELECTIVE)
+    ways["qwen2 selective zero-3"] = (TWO_A_PACK, GATHERED | {"model__path": "qwen2"} | SELECTIVE)
+    ways["all selective zero-3"] = (UNEVEN_WITH_EMPTY, GATHERED | VARIANTS["all"] | SELECTIVE)
     return ways
 
 
@@ -226,3 +247,21 @@ def test_the_reference_gradient_is_that_of_plain_torch(steps: dict[str, dict], t
     for parameter_name, parameter in model.named_parameters():
         expected = steps[name]["gradients"][parameter_name]
         assert torch.allclose(parameter.grad, expected, rtol=1e-4, atol=1e-6), parameter_name
+
+
+def test_variants_of_lora_are_what_they_say(steps: dict[str, dict]) -> None:
+    """In the first step from B = 0: AdamW moves every element by the learning rate, whatever its gradient."""
+    lora, rslora, plus, pissa, dora = (
+        steps[f"{name} reference"] for name in ("lora", "rslora", "loraplus", "pissa", "dora")
+    )
+    every_b = [name for name in lora["weights"] if ".lora_B." in name]
+    assert len(every_b) == 14
+    for name in every_b:
+        assert torch.allclose(rslora["gradients"][name], 2 * lora["gradients"][name], rtol=1e-4, atol=1e-9)  # sqrt(4)
+        assert torch.allclose(plus["weights"][name], 16 * lora["weights"][name], rtol=1e-4, atol=1e-6)
+        a_name = name.replace(".lora_B.", ".lora_A.")
+        assert torch.equal(plus["weights"][a_name], lora["weights"][a_name])  # a zero gradient, and decay alike
+        assert pissa["gradients"][a_name].abs().sum() > 0 == lora["gradients"][a_name].abs().sum()
+    assert pissa["loss"] == pytest.approx(lora["loss"], rel=1e-6)  # it starts as the model was
+    lengths = {name for name in dora["weights"] if "magnitude" in name}
+    assert len(lengths) == 14 and dora["weights"].keys() - lengths == lora["weights"].keys()
