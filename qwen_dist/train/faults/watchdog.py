@@ -43,6 +43,7 @@ NUM_STEP_TIMES = 20
 COLLECTIVE = re.compile("gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 # A rank that told nothing for so many looks, when a collective has failed, is gone.
 LOST_LOOKS, LOST_POLL_S = 3, 0.2
+LEFT_S = 1.0
 
 
 class Watchdog:
@@ -102,6 +103,9 @@ class Watchdog:
             return None
         deadline = time.monotonic() + LOST_LOOKS * self._look_every_s + 1.0
         gone: list[int] = []
+        told = self._places.read()
+        if any(_has_left(found) for rank, found in told.items() if rank != self._rank):
+            return None
         while not gone and time.monotonic() < deadline:
             time.sleep(LOST_POLL_S)
             told = self._places.read()
@@ -116,7 +120,7 @@ class Watchdog:
         return hang.lost_sentence(gone, _seen(told))
 
     def _is_gone(self, told: Told) -> bool:
-        if told.seen.place.phase == END:  # it left by itself, most likely because of the one that is gone
+        if told.seen.place.phase == END:  # it lost the same one
             return False
         is_here = told.machine == self._places.machine
         return not is_alive(told.process) if is_here else told.seen.silent_s > LOST_LOOKS * self._look_every_s
@@ -224,6 +228,11 @@ def kill_deaf(deaf: Sequence[Told], machine: str) -> None:
                 os.kill(pid, number)
         if pids:
             time.sleep(wait_s)
+
+
+def _has_left(told: Told) -> bool:
+    """Whether a rank ended by itself, and said why, before others noticed: it stays for its words to arrive."""
+    return told.seen.place.phase == END and told.seen.silent_s > LEFT_S
 
 
 def _seen(told: Mapping[int, Told]) -> dict[int, hang.Seen]:
