@@ -86,6 +86,12 @@ def start_run(folder: Path, model_path: Path, num_processes: int, changes: dict[
     }
     write_json(run_dir.run_json, record)
     write_json(run_dir.ds_config, deepspeed_config(run, num_processes))
+    train(run_dir, num_processes)
+    return run_dir
+
+
+def train(run_dir: RunDir, num_processes: int) -> None:
+    """An attempt at the run, on real processes."""
     argv = trainer_argv(run_dir.path, sys.executable, num_processes, free_port())
     environ = {
         **os.environ,
@@ -97,7 +103,6 @@ def start_run(folder: Path, model_path: Path, num_processes: int, changes: dict[
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=300)
     outcome = json.loads(run_dir.outcome.read_text()) if run_dir.outcome.is_file() else None
     assert outcome and outcome["exit_code"] == 0, f"{outcome}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return run_dir
 
 
 KINDS: dict[str, dict[str, Any]] = {

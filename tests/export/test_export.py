@@ -21,6 +21,7 @@ from qwen_dist.export.__main__ import main
 from qwen_dist.export.export import export
 from qwen_dist.run_dir import RunDir
 from qwen_dist.serve.chat import run_chat
+from tests.export.conftest import train
 
 pytestmark = pytest.mark.distributed
 DENSE = ["full zero2", "full zero3", "lora zero2", "lora zero3"]
@@ -144,6 +145,17 @@ def test_pissas_adapter_alone_is_plain_lora_beside_the_published_weights(trained
     model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert exported_eval_loss(run_dir, model) == pytest.approx(trained_eval_loss(run_dir), rel=1e-5)
     assert record["verified"]["adapter_effect"] > 0.1 > 1e3 * record["verified"]["logits_relative_error"]
+
+
+def test_a_run_with_every_variant_resumes_bit_for_bit(copied):
+    """PiSSA's adapters fit only the weights that their own start was taken from."""
+    run_dir = copied("variants zero3")
+    shards = [run_dir.checkpoint(4) / f"rank_{rank}.safetensors" for rank in (0, 1)]
+    expected, started = [shard.read_bytes() for shard in shards], run_dir.adapter_start.stat().st_mtime_ns
+    shutil.rmtree(run_dir.checkpoint(4))
+    train(run_dir, 2)
+    assert [shard.read_bytes() for shard in shards] == expected
+    assert run_dir.adapter_start.stat().st_mtime_ns == started
 
 
 def test_pissas_start_must_be_there(copied):
