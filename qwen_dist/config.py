@@ -264,8 +264,8 @@ class Run(Section):
             found.append("checkpoint.keep_best has no effect without data.eval.")
         if self.model.recompute == "selective" and self.num_recomputed(1) == 0:
             found.append("model.recompute has no effect with model.activation_checkpointing=false.")
-        faults = self.faults
-        if "max_skipped_steps" in faults.model_fields_set and (faults.on_nonfinite, faults.on_spike) == ("stop", "report"):
+        may_skip = (self.faults.on_nonfinite, self.faults.on_spike) != ("stop", "report")
+        if "max_skipped_steps" in self.faults.model_fields_set and not may_skip:
             found.append("faults.max_skipped_steps has no effect: no policy of faults skips a step.")
         if self.optim.schedule == "constant" and "min_lr_ratio" in self.optim.model_fields_set:
             found.append("optim.min_lr_ratio has no effect with optim.schedule=constant.")

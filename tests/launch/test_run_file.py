@@ -220,6 +220,13 @@ def test_settings_without_effect_are_told(write):
     ]
 
 
+def test_a_bound_of_skipped_steps_without_a_policy_that_skips_is_told(write):
+    told = "faults.max_skipped_steps has no effect: no policy of faults skips a step."
+    assert load_run(write(MINIMAL + "faults: {max_skipped_steps: 3}\n"), environ={}).warnings == [told]
+    for policy in ("on_nonfinite: skip", "on_spike: rollback"):
+        assert not load_run(write(MINIMAL + f"faults: {{max_skipped_steps: 3, {policy}}}\n"), environ={}).warnings
+
+
 def test_secrets_in_setup_lines_are_refused(write):
     setup = "['module load cuda', 'export WANDB_API_KEY=abc123', 'export HF_TOKEN=$TOKEN']"
     found = problems(write(MINIMAL + f"cluster: {{kind: slurm, setup: {setup}}}\n"), environ={})

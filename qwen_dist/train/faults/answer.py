@@ -107,7 +107,7 @@ def _why(job: Job, trained: Trained, found: Verdict, broken: list[str]) -> tuple
         suspects, nowhere = suspects_by_loss(np.asarray(nll_WM), job.plan, step), ""
         what = f"The loss of step {step} is {trained.numbers.loss:.4g}"
         if found.median is not None:
-            what += f", {trained.numbers.loss / found.median:.1f} times the usual {found.median:.4g}"
+            what += f", {trained.numbers.loss / found.median:.3g} times the usual {found.median:.4g}"
     where = told(suspects, job.train, len(trained.nll_M)) or nowhere
     weights = f"; weights were not finite before it: {', '.join(broken[:3])}" if broken else ""
     return f"{what}: {where}{weights}.", suspects[0].rank if suspects else 0
