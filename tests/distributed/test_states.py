@@ -33,12 +33,14 @@ CHAIN: dict[str, tuple[dict[str, Any], dict[str, Any], str, str | None]] = {
     "8 bit": ({"stage": 2}, FULL, "fp32", None),
     "8 bit again": ({"stage": 2}, FULL, "fp32", "8 bit"),
     "8 bit elsewhere": ({"stage": 3}, FULL, "fp32", "8 bit"),
+    "32 bit after all": ({"stage": 2}, FULL, "fp32", "8 bit"),
+    "8 bit all at once": ({"stage": 2}, FULL, "fp32", "zero2"),
     "other rank": ({"stage": 3}, LORA | {"rank": 5}, "fp32", "lora zero3"),
     "other method": ({"stage": 2}, LORA, "fp32", "zero2"),
     # DeepSpeed (0.19.8) makes hpZ's process group once and for all, so it comes last.
     "hpz": ({"stage": 3, "hpz": True}, FULL, "bf16", "bf16 zero2"),
 }
-REFUSED = ("8 bit elsewhere", "other rank", "other method")
+REFUSED = ("8 bit elsewhere", "32 bit after all", "8 bit all at once", "other rank", "other method")
 MOVED = [name for name, (*_, before) in CHAIN.items() if before is not None and name not in REFUSED]
 
 
@@ -147,6 +149,8 @@ def test_weights_alone_leave_the_optimizer_new(seen: dict[str, Any]) -> None:
     ("name", "told"),
     [
         ("8 bit elsewhere", r"in blocks of the 2 processes that saved them; go on with as many"),
+        ("32 bit after all", r"are those of optim.kind=adamw_8bit; set it back"),
+        ("8 bit all at once", r"are those of optim.kind=adamw; set it back"),
         ("other rank", r"q_proj\.lora_A\.default\.weight with shape \(3, 60\), this model \(5, 60\)"),
         ("other method", r"lacks base_model\.model\..* and 25 more; was model\.path, method"),
     ],

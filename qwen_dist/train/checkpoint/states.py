@@ -106,6 +106,13 @@ def _load(engine: Engine, saved: Saved, masters_only: bool) -> None:
     step = 0 if masters_only else int(saved.metadata[0]["optimizer_step"])
     has_local = step > 0 and any(key.startswith(f"{LOCAL}/") for key in saved.slices)
     saved.check(trained_shapes(ds_engine.module), (MASTER, *(MOMENTS if step and not has_local else ())))
+    has_blocks = type(optimizer.optimizer).__module__.startswith("bitsandbytes.")
+    if step and has_blocks != has_local:
+        then = "adamw_8bit" if has_local else "adamw"
+        raise UserError(
+            f"The optimizer states in {saved.folder} are those of optim.kind={then}; set it back, or give the run "
+            "another name."
+        )
     if has_local:
         _require_same_ranks(saved, groups, engine)
     if is_sharded:
