@@ -210,7 +210,7 @@ class Run(Section):
         """The ZeRO stage in force; where nothing was planned, one that always fits."""
         if self.zero.stage != "auto":
             return self.zero.stage
-        return 2 if self.method.kind == "qlora" else 3
+        return 2 if self.method.kind == "qlora" or self.model.compile else 3
 
     @property
     def num_checkpoints(self) -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from qwen_dist.backends import COMPUTES_BF16
+from qwen_dist.config_cluster import Zero
+
 if TYPE_CHECKING:
     from qwen_dist.config import Run
 
@@ -13,6 +16,7 @@ def unfit(run: Run) -> Iterator[str]:
     """What of a run cannot work together, and what to change."""
     yield from _of_quantized_weights(run)
     yield from _of_memory(run)
+    yield from _of_kernels(run)
     if run.checkpoint.in_background is True and run.zero.nvme_path is not None:
         yield (
             "checkpoint.in_background true does not go with zero.nvme_path: memory has no room for a copy of what lies "
@@ -23,22 +27,34 @@ def unfit(run: Run) -> Iterator[str]:
 def _of_quantized_weights(run: Run) -> Iterator[str]:
     if run.method.kind != "qlora":
         return
-    zero = run.zero
-    needs_sharded_weights = {
-        "zero.stage 3": zero.stage == 3,
-        "zero.offload all": zero.offload == "all",
-        "zero.hpz": zero.hpz is True,
-        "zero.nvme_path": zero.nvme_path is not None,
-    }
-    for key, is_given in needs_sharded_weights.items():
-        if is_given:
-            yield f"method.kind qlora does not go with {key}: 4-bit weights are not sharded; remove it"
+    for key in _needs_sharded_weights(run.zero):
+        yield f"method.kind qlora does not go with {key}: 4-bit weights are not sharded; remove it"
     if run.model.precision == "fp32":
         yield "method.kind qlora computes in bf16; set model.precision to bf16"
     if run.method.dora:
         yield "method.dora does not go with method.kind qlora: it measures the weights in 16 bits; set kind to lora"
     if run.method.init == "pissa":
         yield "method.init pissa does not go with method.kind qlora: it changes weights in 16 bits; set kind to lora"
+
+
+def _needs_sharded_weights(zero: Zero) -> list[str]:
+    """Settings that only stage 3 can do, of those that were given."""
+    given = {
+        "zero.stage 3": zero.stage == 3,
+        "zero.offload all": zero.offload == "all",
+        "zero.hpz": zero.hpz is True,
+        "zero.nvme_path": zero.nvme_path is not None,
+    }
+    return [key for key, is_given in given.items() if is_given]
+
+
+def _of_kernels(run: Run) -> Iterator[str]:
+    model = run.model
+    if model.precision == "fp32" and model.attention in COMPUTES_BF16:
+        yield f"model.attention {model.attention} computes in bf16; set model.precision to bf16, or attention to sdpa"
+    if model.compile:
+        for key in _needs_sharded_weights(run.zero):
+            yield f"model.compile does not go with {key}: weights are gathered between a layer's operations; remove one"
 
 
 def _of_memory(run: Run) -> Iterator[str]:

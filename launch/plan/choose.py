@@ -126,7 +126,7 @@ def combinations(run: Run, hardware: Hardware) -> Iterator[tuple[int, str, bool]
     """(stage, offload, hpz) that the run leaves open and DeepSpeed can do."""
     zero = run.zero
     stages = (2, 3) if zero.stage == "auto" else (zero.stage,)
-    if run.method.kind == "qlora":
+    if run.method.kind == "qlora" or run.model.compile:
         stages = (2,)
     offloads = (
         (zero.offload,) if zero.offload != "auto" else ("none", "optimizer", "all") if hardware.gpu else ("none",)

@@ -21,6 +21,7 @@ from qwen_dist.train.gradients import drop_gradients
 from qwen_dist.train.loss import supervised_positions
 from qwen_dist.train.model.attention import attention_in_force, forward_arguments
 from qwen_dist.train.model.build import build_model, load_model_config
+from qwen_dist.train.model.compile import compile_layers
 from qwen_dist.train.model.kernels import kernels_in_force, use_kernels
 from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.packed import implementation_of
@@ -175,6 +176,8 @@ def make_model(
     model = adapted(model, run, ds_config, world, run_dir)
     add_losses(model)
     save_activations(model, run, world.device)
+    if run.model.compile:
+        compile_layers(model)
     return model, backend, reason
 
 

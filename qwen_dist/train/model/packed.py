@@ -77,8 +77,8 @@ def sdpa(
     lengths = tuple(boundaries.lengths)
     samples = zip(*(rows.split(lengths, 2) for rows in (query_1HTD, key_1KTD, value_1KTD)), strict=True)
     outputs = [_one_sample(query, key, value, sliding_window, options) for query, key, value in samples]
-    joined = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-    return joined.transpose(1, 2), None
+    rows = [output.transpose(1, 2) for output in outputs]
+    return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0].contiguous(), None
 
 
 def _one_sample(
