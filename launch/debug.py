@@ -64,7 +64,7 @@ def asked_to_look(
 
     Args:
         path: the run file; with `replay` a run directory.
-        is_elsewhere: other machines were named, or nothing is to be started.
+        is_elsewhere: other machines or another run were named, or nothing is to be started.
 
     Raises:
         UserError: options that do not go together, or the run cannot be looked at.
@@ -84,7 +84,7 @@ def asked_to_look(
     if not (debug or replay):
         return None
     if is_elsewhere:
-        raise UserError("--debug and --replay run here, in one process; remove --dry-run and --hostfile.")
+        raise UserError("--debug and --replay run here, in one process; remove --dry-run, --hostfile and --init-from.")
     if debug:
         return _debug(path, overrides, layers, Options(pdb, as_json))
     if step is None:

@@ -186,6 +186,9 @@ class Run(Section):
     )
     output_dir: NonEmpty = Field("runs", description="Where the run directory is made: <output_dir>/<name>")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Order of samples, initialisation, dropout")
+    init_from: NonEmpty | None = Field(
+        None, description="Run directory, or checkpoint in one, whose trained weights this run starts from"
+    )
     model: Model
     method: Method = Field(Method())
     data: Data

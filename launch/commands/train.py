@@ -43,6 +43,9 @@ Exit codes: 0 done, 1 failed, 2 wrong run file,
     type=click.Path(path_type=Path),
     help="Train on the machines of FILE, over ssh; lines as: node1 slots=8",
 )
+@click.option(
+    "--init-from", metavar="RUN_DIR", type=click.Path(path_type=Path), help="Start with the weights of another run."
+)
 @click.option("--dry-run", is_flag=True, help="Write the run directory and print the command, start nothing.")
 @click.option("--debug", is_flag=True, help="A few steps on a few rows in one process that shows everything.")
 @click.option("--layers", metavar="N", type=click.IntRange(min=1), help="Debug N layers with random weights.")
@@ -51,7 +54,14 @@ Exit codes: 0 done, 1 failed, 2 wrong run file,
 @click.option("--rank", metavar="R", type=click.IntRange(min=0), help="The rank to replay; default: 0.")
 @click.option("--pdb", is_flag=True, help="Debug or replay: open Python's debugger on a failure.")
 @click.option("--json", "as_json", is_flag=True, help="Debug or replay: for a machine to read.")
-def command(run_file: Path, overrides: tuple[str, ...], hostfile: Path | None, dry_run: bool, **looking: Any) -> int:
+def command(
+    run_file: Path,
+    overrides: tuple[str, ...],
+    hostfile: Path | None,
+    init_from: Path | None,
+    dry_run: bool,
+    **looking: Any,
+) -> int:
     """Train here: on one GPU, on all GPUs of this machine, on several machines over ssh, or on CPU.
 
     Resumes a run that is already there.
@@ -62,9 +72,11 @@ def command(run_file: Path, overrides: tuple[str, ...], hostfile: Path | None, d
     from launch.start import make_start
     from qwen_dist.lease import held
 
-    code = asked_to_look(run_file, overrides, hostfile is not None or dry_run, **looking)
+    code = asked_to_look(run_file, overrides, bool(hostfile or init_from or dry_run), **looking)
     if code is not None:
         return code
+    if init_from is not None:
+        overrides = (*overrides, f"init_from={json.dumps(str(init_from))}")
     if hostfile is not None:
         overrides = (
             *overrides,

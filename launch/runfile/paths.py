@@ -42,6 +42,9 @@ def resolve_paths(values: RawValues, folder: Path) -> None:
         if isinstance(cluster.get(key), str) and cluster[key]:
             cluster[key] = _absolute(cluster[key], base_of(("cluster", key)))
             _require_file(values, ("cluster", key), cluster[key])
+    if isinstance(init_from := values.raw.get("init_from"), str) and init_from:
+        values.raw["init_from"] = _absolute(init_from, base_of(("init_from",)))
+        _require_checkpoint(values, values.raw["init_from"])
     if isinstance(output_dir := values.raw.get("output_dir", "runs"), str) and output_dir:
         values.raw["output_dir"] = _absolute(output_dir, Path.cwd())
 
@@ -94,6 +97,16 @@ def _require_file(
         values.complain(path, f"no file {file}{_near_file(file) or hub}")
     elif not os.access(file, os.R_OK):
         values.complain(path, f"{file} may not be read; check its permissions")
+
+
+def _require_checkpoint(values: RawValues, folder: str) -> None:
+    """Whether weights can be read from `folder`: it is a checkpoint, or holds one below `checkpoints/`."""
+    if not os.path.isdir(folder):
+        values.complain(("init_from",), f"no folder {folder}{_near_file(folder)}")
+    elif not glob.glob(os.path.join(glob.escape(folder), "manifest.json")) and not glob.glob(
+        os.path.join(glob.escape(folder), "checkpoints", "step_*", "manifest.json")
+    ):
+        values.complain(("init_from",), f"{folder} holds no checkpoint; name a run directory that has saved one")
 
 
 def _near_file(file: str) -> str:

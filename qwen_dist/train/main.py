@@ -28,7 +28,7 @@ from qwen_dist.run_dir import RunDir, write_json
 from qwen_dist.train.checkpoint.saver import Saver
 from qwen_dist.train.checkpoint.state import State, read_state
 from qwen_dist.train.checkpoint.states import restore
-from qwen_dist.train.checkpoint.verify import newest_checkpoint
+from qwen_dist.train.checkpoint.verify import checkpoint_to_start_from, newest_checkpoint
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.faults import place
@@ -235,6 +235,34 @@ def check_world_size(ds_config: dict[str, Any], world_size: int, run_dir: RunDir
         )
 
 
+def start_from(engine: Engine, run: Run, path: Path) -> None:
+    """Give the engine the weights that another run has trained; its optimizer stays new.
+
+    Raises:
+        UserError: that run trained something else, or has no whole checkpoint.
+    """
+    folder = checkpoint_to_start_from(path, engine.world)
+    saved = read_state(folder)
+    if (saved.method == "full") != (run.method.kind == "full"):
+        raise UserError(
+            f"init_from={folder} was trained with method.kind={saved.method}, this run has {run.method.kind}; "
+            "export that run, and set model.path to the export."
+        )
+    if run.method.has_adapters and (base := base_of(folder)) not in (None, run.model.path):
+        raise UserError(f"init_from={folder} holds adapters of {base}, this run has model.path={run.model.path}.")
+    restore(engine, folder, masters_only=True)
+    get_logger().info("starting with the weights of %s", folder)
+
+
+def base_of(folder: Path) -> str | None:
+    """The model that a checkpoint's adapters lie beside; None where its run directory does not tell."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(
+            json.loads(RunDir(folder.parents[1]).run_json.read_text(encoding="utf-8"))["config"]["model"]["path"]
+        )
+    return None
+
+
 def start_or_resume(engine: Engine, run_dir: RunDir, run: Run, data_fingerprint: str) -> State:
     """The state to train from: of the newest whole checkpoint, with the engine put back to it, or a new one.
 
@@ -246,6 +274,8 @@ def start_or_resume(engine: Engine, run_dir: RunDir, run: Run, data_fingerprint:
     fresh = State(0, 1, engine.world.world_size, run.zero_stage, run.method.kind, data_fingerprint, 0, 0)
     folder = newest_checkpoint(run_dir, engine.world)
     if folder is None:
+        if run.init_from is not None:
+            start_from(engine, run, Path(run.init_from))
         return fresh
     saved = read_state(folder)
     for name in ("method", "data_fingerprint"):

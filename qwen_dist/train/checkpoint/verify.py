@@ -13,6 +13,7 @@ from qwen_dist.train.checkpoint.manifest import (
     DAMAGED,
     INCOMPLETE,
     LATEST,
+    MANIFEST,
     Damaged,
     committed,
     damage,
@@ -50,6 +51,23 @@ def newest_checkpoint(run_dir: RunDir, world: World) -> Path | None:
             "name to start anew."
         )
     return None
+
+
+def checkpoint_to_start_from(path: Path, world: World) -> Path:
+    """The checkpoint of another run whose weights this one begins with, verified; all ranks call it together.
+
+    Args:
+        path: the checkpoint, or the run directory, of which the newest is meant. Nothing in it is changed.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    newest = [path] if (path / MANIFEST).exists() else committed(RunDir(path))[-1:]
+    folder = world.share(newest[0] if newest else None)
+    problem = problem_of(folder, world) if folder is not None else "it holds no checkpoint"
+    if problem is not None:
+        raise UserError(f"init_from={folder or path} cannot be read: {problem}; name another checkpoint.")
+    return Path(folder)
 
 
 def problem_of(folder: Path, world: World) -> str | None:
