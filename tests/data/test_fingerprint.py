@@ -185,6 +185,7 @@ def test_no_other_section_changes_the_name(qwen3_folder: Path, folder: Path, tmp
         "cluster": {"device": "cpu"},
         "checkpoint": {"keep": 1},
         "faults": {"self_test": False},
+        "init_from": "runs/other",
         "evaluation": {"every_steps": 1},
         "tracking": {"wandb": {"project": "p"}},
     }
