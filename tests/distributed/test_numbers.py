@@ -279,9 +279,31 @@ def test_a_loss_that_jumps_goes_back_and_ends_when_too_much_is_skipped(tmp_path:
 
 
 def test_a_flipped_bit_stops_the_run_and_is_named(tmp_path: Path) -> None:
+    run_dir = broken_run(tmp_path)
+    words = run_worker("flip_worker.py", str(run_dir.path), "1", "6", "weight", expected_code=1)
+    assert "Weights that all ranks must hold alike differ after step 8: ranks 0 and 1 differ in " in words
+    assert "layers.1.mlp.up_proj.base_layer.weight; suspect" in words and "Traceback" not in words
+    assert [folder.name for folder in committed(run_dir)] == ["step_00000004"], "what is corrupt was saved"
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_which_is_saved_as_it_was(tmp_path: Path) -> None:
+    run_dir = broken_run(tmp_path)
+    words = run_worker("flip_worker.py", str(run_dir.path), "1", "6", "gradient", expected_code=1)
+    assert "The gradient of step 7 is not finite, though its loss is (" in words and "Traceback" not in words
+    where = r"micro-batch 1 of 2 on rank 1 \(first in \S*layers.1.mlp.up_proj.lora_B\S*\): \S*train.jsonl"
+    assert re.search(where, words)
+    assert "The weights are as before the step and saved. Look into it with" in words
+    assert [folder.name for folder in committed(run_dir)] == ["step_00000004", "step_00000006"]
+    assert len(read_state(run_dir.checkpoint(6)).recent_losses) == 6
+    assert list(step_metrics(run_dir.path)) == [1, 2, 3, 4, 5, 6]
+    assert "of step 7 seen and not trained" in ledger_words(run_dir.path)
+
+
+def broken_run(folder: Path) -> RunDir:
+    """The directory of a run that is not started yet."""
     run_file = write_run_file(
-        tmp_path,
-        "flipped",
+        folder,
+        "broken",
         method=LORA,
         zero={"stage": 2},
         length={"epochs": 9, "max_steps": 12},
@@ -289,11 +311,7 @@ def test_a_flipped_bit_stops_the_run_and_is_named(tmp_path: Path) -> None:
         faults={"compare_replicas_every_steps": 4},
     )
     qwen_dist("train", str(run_file), "--dry-run")
-    run_dir = tmp_path / "runs" / "flipped"
-    words = run_worker("flip_worker.py", str(run_dir), "1", "6", expected_code=1)
-    assert "Weights that all ranks must hold alike differ after step 8: ranks 0 and 1 differ in " in words
-    assert "layers.1.mlp.up_proj.base_layer.weight; suspect" in words and "Traceback" not in words
-    assert [folder.name for folder in committed(RunDir(run_dir))] == ["step_00000004"], "what is corrupt was saved"
+    return RunDir(folder / "runs" / "broken")
 
 
 def test_a_rank_without_memory_says_so_ends_the_run_and_can_be_replayed(
