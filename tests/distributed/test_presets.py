@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ import pytest
 
 from launch.ds.presets import PRESETS, Size, preset
 from qwen_dist.shapes import shape_of_config
-from tests.distributed.runs import REPO, SMALL_QWEN3, WIDE_QWEN3, skip_without_disk_io
+from tests.distributed.runs import SMALL_QWEN3, WIDE_QWEN3, skip_without_disk_io
+from tests.ranks import run_ranks
 
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 # As one node of two processes: hpZ keeps its second copy of the weights, over both.
@@ -30,12 +29,7 @@ def losses_of(folder: Path, configs: dict[str, Any], model: dict[str, Any]) -> d
     """Name of each config -> the loss of each step; one launch of two processes for all."""
     (folder / "config.json").write_text(json.dumps(model))
     (folder / "configs.json").write_text(json.dumps(configs))
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2"]
-    done = subprocess.run(
-        [*runner, "tests/distributed/preset_worker.py", str(folder / "configs.json"), str(folder / "losses.json")],
-        cwd=REPO, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_ranks(2, "tests/distributed/preset_worker.py", str(folder / "configs.json"), str(folder / "losses.json"))
     found: dict[str, list[float]] = json.loads((folder / "losses.json").read_text())
     return found
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,8 @@ import yaml
 
 from qwen_dist.config import Run
 from qwen_dist.train.model.build import build_model
-from tests.distributed.runs import REPO, SMALL_QWEN3, write_run_file
+from tests.distributed.runs import SMALL_QWEN3, write_run_file
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("kind", ["bare config", "folder with weights"])
@@ -24,13 +22,7 @@ def test_each_rank_holds_its_share_only(kind: str, tmp_path: Path) -> None:
         build_model(Run.model_validate(config)).save_pretrained(tmp_path / "weights")
         config["model"]["path"] = str(tmp_path / "weights")
     (tmp_path / "run.json").write_text(Run.model_validate(config).model_dump_json())
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2"]
-    done = subprocess.run(
-        [*runner, "tests/distributed/sharded_worker.py", str(tmp_path / "run.json"), str(tmp_path)],
-        cwd=REPO, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(2, "tests/distributed/sharded_worker.py", str(tmp_path / "run.json"), str(tmp_path))
     num_parameters = sum(p.numel() for p in build_model(Run.model_validate(config)).parameters())
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank_{rank}.json").read_text())
