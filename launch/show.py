@@ -60,7 +60,10 @@ def layout_text(layout: Layout, num_layers: int) -> str:
     """A layout in words, as `ZeRO-3, 12 of 40 layers recomputed, 2 packs at a time`."""
     words = [layout_name(layout)]
     if layout.recomputed_layers:
-        words.append(f"{layout.recomputed_layers} of {num_layers} layers recomputed")
+        how = "selectively recomputed" if layout.is_selective else "recomputed"
+        words.append(f"{layout.recomputed_layers} of {num_layers} layers {how}")
+    if layout.offload_activations:
+        words.append("activations in host memory")
     if layout.packs_per_micro_batch > 1:
         words.append(f"{layout.packs_per_micro_batch} packs at a time")
     return ", ".join(words)

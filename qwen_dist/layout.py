@@ -52,6 +52,11 @@ class Layout:
     attention: str = "flash"
 
     @property
+    def layers_twice(self) -> int:
+        """Decoder layers whose matrix products and attention run forward twice."""
+        return 0 if self.is_selective else self.recomputed_layers
+
+    @property
     def world_size(self) -> int:
         """Processes over all machines."""
         return self.nodes * self.gpus_per_node

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qwen_dist.activations import activations_of
 from qwen_dist.hardware import Gpu, Hardware, Measured
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape
@@ -126,7 +127,7 @@ def _cpu_step_time(shape: ModelShape, layout: Layout, work: Work, measured: Meas
     """Of CPU processes: what they compute, at the rate of a probe, and the update in host memory."""
     assert measured is not None, "the time of a step on CPU is not modelled, only measured"
     tokens = work.accumulation * layout.packs_per_micro_batch * work.pack_tokens
-    cost = step_cost(shape, layout.method, layout.recomputed_layers / shape.num_layers)
+    cost = step_cost(shape, layout.method, layout.layers_twice / shape.num_layers)
     all_tokens = tokens * layout.world_size
     return StepTime(
         compute_s=token_flops(cost, work) * tokens / measured.flops_rate,
@@ -153,7 +154,7 @@ def trainable_parameters(shape: ModelShape, layout: Layout) -> int:
 def _micro_batch_s(shape: ModelShape, layout: Layout, gpu: Gpu, work: Work, measured: Measured | None) -> float:
     """Seconds of forward and backward of one micro-batch."""
     tokens = layout.packs_per_micro_batch * work.pack_tokens
-    cost = step_cost(shape, layout.method, layout.recomputed_layers / shape.num_layers)
+    cost = step_cost(shape, layout.method, layout.layers_twice / shape.num_layers)
     if measured is not None:
         return token_flops(cost, work) * tokens / measured.flops_rate
     busy_s = _products_s(shape, layout, gpu, work, cost) * tokens + _traffic_s(shape, layout, gpu, tokens)
@@ -239,11 +240,15 @@ def _weights_gather_s(shape: ModelShape, layout: Layout, hardware: Hardware) -> 
 
 
 def _transfers_s(shape: ModelShape, layout: Layout, gpu: Gpu) -> float:
-    """Seconds of a micro-batch's transfers to and from the host: fp32 gradients out; weights in, twice."""
-    if layout.offload == "none":
-        return 0.0
+    """Seconds of a micro-batch's transfers to and from the host.
+
+    Activations out in forward and in again in backward; fp32 gradients out; weights in, twice.
+    """
     host_bytes_s = LINK_SHARE * gpu.host_bytes_s
-    gradients = 4 * trainable_parameters(shape, layout) / layout.world_size / host_bytes_s
+    activations = 2 * activations_of(shape, layout, 1.0).offloaded / host_bytes_s if layout.offload_activations else 0.0
+    if layout.offload == "none":
+        return activations
+    gradients = activations + 4 * trainable_parameters(shape, layout) / layout.world_size / host_bytes_s
     if layout.offload == "optimizer":
         return gradients
     weights = 2 * _weight_bytes(shape, layout)

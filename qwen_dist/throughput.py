@@ -55,5 +55,5 @@ def cost_of(run: Run) -> StepCost:
         UserError: the model's config.json cannot be read.
     """
     shape = model_shape(run.model.path)
-    recomputed = run.num_recomputed(shape.num_layers) / shape.num_layers
-    return step_cost(shape, run.method.kind, recomputed)
+    recomputed = 0 if run.model.recompute == "selective" else run.num_recomputed(shape.num_layers)
+    return step_cost(shape, run.method.kind, recomputed / shape.num_layers)

@@ -145,7 +145,7 @@ def _compared(installed: Mapping[str, str]) -> Check:
 def _needed_extras(run: Run | None) -> Sequence[str]:
     if run is None:
         return ()
-    needed = ["bitsandbytes"] if run.method.kind == "qlora" else []
+    needed = ["bitsandbytes"] if run.method.kind == "qlora" or run.optim.kind == "adamw_8bit" else []
     flash = FLASH.get(run.model.attention)
     needed += [flash.package] if flash is not None else []
     return needed + (["liger-kernel"] if run.model.kernels == "liger" else [])

@@ -114,7 +114,8 @@ def _smaller_method(question: Question) -> str | None:
     kinds = ("full", "lora", "qlora")
     run = question.run
     for kind in kinds[kinds.index(run.method.kind) + 1 :]:
-        if kind == "qlora" and (run.model.precision != "bf16" or question.shape.num_experts):
+        changes_weights = run.method.has_adapters and (run.method.dora or run.method.init == "pissa")
+        if kind == "qlora" and (run.model.precision != "bf16" or question.shape.num_experts or changes_weights):
             continue
         method = Method(kind=kind) if run.method.kind == "full" else run.method.model_copy(update={"kind": kind})
         if _fits(replace(question, run=run.model_copy(update={"method": method}))):
