@@ -7,12 +7,14 @@ RUNS.json: name -> the run's config. A weight is the sum of all distinct storage
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -54,10 +56,11 @@ def weigh(run: Run, folder: Path, world: World) -> dict[str, int]:
     for _ in range(3):  # ZeRO-3 records the first step's order, and reads ahead by it from the second
         ids_1T = torch.arange(48)[None]
         loss = engine(input_ids=ids_1T, position_ids=ids_1T, use_cache=False).logits.float().sum() * 1e-3
-        engine.backward(loss, scale_wrt_gas=False)
+        with sums_on_the_wire() as sent:
+            engine.backward(loss, scale_wrt_gas=False)
         found = gradients_of(engine.optimizer, run.zero_stage)
         engine.step()
-    found |= states_of(engine, run.zero_stage) | {"gathered": max(gathered)}
+    found |= states_of(engine, run.zero_stage) | {"gathered": max(gathered), "sent": sorted(sent)}
     ours = Engine(engine, "sdpa", world)
     found["copy"] = sum(piece.num_bytes for piece in collect(ours))
     folder.mkdir(exist_ok=True)
@@ -66,6 +69,27 @@ def weigh(run: Run, folder: Path, world: World) -> dict[str, int]:
     found["checkpoint"] = sum(path.stat().st_size for path in folder.iterdir())
     engine.destroy()
     return found
+
+
+@contextlib.contextmanager
+def sums_on_the_wire() -> Iterator[set[str]]:
+    """A set that gets the type of every tensor that processes sum up; what backward sends is gradients."""
+    seen: set[str] = set()
+    backend = deepspeed.comm.comm.cdb
+    names = [name for name in dir(backend) if "reduce" in name and callable(getattr(backend, name))]
+
+    def watched(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            tensors = [value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
+            seen.update(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+            return plain(*arguments, **named)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(backend, name, watched(getattr(backend, name))))
+        yield seen
 
 
 def gradients_of(optimizer: Any, stage: int) -> dict[str, int]:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from qwen_dist.layout import Layout
 from qwen_dist.memory import memory_of
 from qwen_dist.shapes import shape_of_config
 from qwen_dist.states import States, pinned, states_of
+from tests.ranks import run_ranks
 
 REPO = Path(__file__).resolve().parents[2]
 # Odd sizes, so that padding counts; twelve layers, so that gathering two is not gathering all.
@@ -45,16 +42,7 @@ def weighed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str
     folder = tmp_path_factory.mktemp("engines")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "runs.json").write_text(json.dumps({name: run_of(folder, *case) for name, case in CASES.items()}))
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2"]
-    done = subprocess.run(
-        [*runner, "--master_port", str(port), "tests/memory/engine_worker.py", str(folder / "runs.json"), str(folder)],
-        cwd=REPO, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(2, "tests/memory/engine_worker.py", str(folder / "runs.json"), str(folder))
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -69,7 +57,10 @@ def run_of(folder: Path, stage: int, offload: str, method: str, recomputed: int)
         "optim": {"kind": "adamw_8bit" if is_8bit else "adamw"},
         "data": {"train": [{"path": "unused.jsonl"}]},
         "batch": {"packs_per_step": 2, "packs_per_micro_batch": 1},
-        "zero": {"stage": stage, "offload": offload, "hpz": False},
+        "zero": {
+            "stage": stage, "offload": offload, "hpz": False,
+            "overrides": {"communication_data_type": "fp32"} if is_8bit else {},
+        },
         "cluster": {"device": "cpu", "gpus_per_node": 2},
     }
 
@@ -104,6 +95,13 @@ def test_a_rank_holds_what_was_counted(case: str, weighed: list[dict[str, dict[s
             assert states.optimizer == 0
             host = pinned(found["host_gradients"]) + (pinned(found["gradients"]) if stage == 3 else 0)
             assert states.host_gradients == pytest.approx(host, rel=0.01)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_travel_in_the_type_that_was_set(case: str, weighed: list[dict[str, dict[str, Any]]]) -> None:
+    """communication_data_type is in force; that grad_accum_dtype is, the fp32 gradients above show."""
+    for found in (rank[case] for rank in weighed):
+        assert found["sent"] == ["float32" if "8 bits" in case else "bfloat16"]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("ZeRO-3")])
