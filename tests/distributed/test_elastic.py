@@ -6,21 +6,18 @@ from step 2 on two, and copies of that one from step 4 on one and on three.
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from launch.hosts import free_port
 from launch.runfile.load import load_run
 from launch.start import make_start
 from qwen_dist.data.order.check_ledger import check_run
 from qwen_dist.train.checkpoint.reader import Saved
-from tests.distributed.runs import REPO, SMALL_QWEN3, engine_tensors, step_metrics, write_run_file
+from tests.distributed.runs import SMALL_QWEN3, engine_tensors, step_metrics, write_run_file
+from tests.ranks import run_ranks
 
 STEPS = 6
 FULL = {"model": {"precision": "fp32"}, "optim": {"lr": 5e-3, "warmup": 0}}
@@ -72,13 +69,7 @@ def prepare(
 
 def train(run_dirs: list[Path], num_processes: int) -> None:
     """All of them in one launch."""
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", str(num_processes)]
-    done = subprocess.run(
-        [*runner, "--master_port", str(free_port()), "tests/distributed/elastic_worker.py", *map(str, run_dirs)],
-        cwd=REPO, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_ranks(num_processes, "tests/distributed/elastic_worker.py", *map(str, run_dirs))
 
 
 @pytest.mark.parametrize("num_processes", [2, 1, 3])

@@ -6,7 +6,6 @@ A CPU runs all but zero3_nvme, for which DeepSpeed compiles its I/O against liba
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from qwen_dist.shapes import shape_of_config
 from tests.distributed.runs import SMALL_QWEN3, WIDE_QWEN3, skip_without_disk_io
 from tests.ranks import run_ranks
 
-ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 # As one node of two processes: hpZ keeps its second copy of the weights, over both.
 SMALL = Size(shape_of_config(SMALL_QWEN3), nodes=1, gpus_per_node=2, packs_per_step=8, device="cpu")
 # DeepSpeed (0.19.8) makes hpZ's process group once and for all, so it comes last.

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from launch.hosts import free_port
 from qwen_dist.train.checkpoint.reader import Saved
-from tests.distributed.runs import REPO, SMALL_QWEN3
+from tests.distributed.runs import SMALL_QWEN3
+from tests.ranks import run_ranks
 
 # Odd sizes, so that shares are padded and parameters are cut in the middle.
 MODEL = SMALL_QWEN3 | {"vocab_size": 65, "hidden_size": 60, "intermediate_size": 101, "tie_word_embeddings": False}
@@ -73,14 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # hpZ's engine changes the process groups of those after it.
     jobs.sort(key=lambda job: job["name"] == "hpz")
     (folder / "runs.json").write_text(json.dumps(jobs))
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2"]
-    worker = ["tests/distributed/states_worker.py", str(folder / "runs.json"), str(folder)]
-    done = subprocess.run(
-        [*runner, "--master_port", str(free_port()), *worker],
-        cwd=REPO, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_ranks(2, "tests/distributed/states_worker.py", str(folder / "runs.json"), str(folder))
     return folder
 
 
