@@ -20,6 +20,7 @@ from qwen_dist.train.checkpoint.reader import MASTER, MOMENTS, Saved
 from qwen_dist.train.checkpoint.shard_file import Piece
 from qwen_dist.train.checkpoint.state import read_state
 from qwen_dist.train.engine import Engine
+from qwen_dist.train.gradients import drop_gradients
 
 # States that only the same ranks can take back, as moments in 8 bits: local/<rank>/<group>/<name>.
 LOCAL = "local"
@@ -117,7 +118,7 @@ def _load(engine: Engine, saved: Saved, masters_only: bool) -> None:
         _require_same_ranks(saved, groups, engine)
     if is_sharded:
         optimizer.checkpoint_event_prologue()  # what is whole on every rank is cut again
-    drop_gradient(ds_engine)
+    drop_gradients(ds_engine)
     for group in groups:
         with in_memory(ds_engine, group):
             _fill(group.master.detach(), MASTER, group, saved)
@@ -159,24 +160,3 @@ def _require_same_ranks(saved: Saved, groups: list[Group], engine: Engine) -> No
             f"The optimizer states in {saved.folder} are in 8 bits, in blocks of the {num_ranks} processes that saved "
             "them; go on with as many and the same zero.stage."
         )
-
-
-def drop_gradient(ds_engine: deepspeed.DeepSpeedEngine) -> None:
-    """Forget what backward has gathered since the last update; the next micro-batch is a step's first.
-
-    As DeepSpeed does it where a gradient overflows (`step` of stage_1_and_2.py, `_overflow_clean_up` of stage3.py).
-    """
-    optimizer = ds_engine.optimizer
-    if ds_engine.zero_optimization_stage() == 3:
-        optimizer._overflow_clean_up(None)
-    else:
-        optimizer.zero_grad(set_to_none=True)
-        optimizer._release_preflattened_grad_buffers()
-        if optimizer.cpu_offload:
-            optimizer.reset_cpu_buffers()
-            optimizer._offload_accumulated_param_ids = set()
-        for number in optimizer.averaged_gradients:
-            optimizer.averaged_gradients[number] = None
-            optimizer.all_grad_tensors[number] = None
-        optimizer.micro_step_id = -1  # INITIAL_MICRO_STEP_ID
-    ds_engine.micro_steps -= ds_engine.micro_steps % ds_engine.gradient_accumulation_steps()
