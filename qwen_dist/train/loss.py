@@ -125,19 +125,19 @@ class _CrossEntropy(torch.autograd.Function):
 def _cross_entropy_(logits_CV: torch.Tensor, targets_C: torch.Tensor, has_grad: bool) -> torch.Tensor:
     """-log p(target) of each row, fp32 [C]; where `has_grad`, its gradient takes the place of the logits."""
     num_rows, vocab_size = logits_CV.shape
-    limit = CPU_SOFTMAX_BYTES if logits_CV.device.type == "cpu" else SOFTMAX_BYTES
-    rows = chunk_rows(num_rows, vocab_size, 4, limit)
-    fp32_SV, probs_SV = (logits_CV.new_empty(rows, vocab_size, dtype=torch.float32) for _ in range(2))
+    is_cpu = logits_CV.device.type == "cpu"
+    rows = chunk_rows(num_rows, vocab_size, 4, CPU_SOFTMAX_BYTES if is_cpu else SOFTMAX_BYTES)
+    fp32_SV = logits_CV.new_empty(rows, vocab_size, dtype=torch.float32)
+    probs_SV = fp32_SV if is_cpu else torch.empty_like(fp32_SV)  # torch's CPU softmax (2.13) may write over its input
     nll_C = logits_CV.new_empty(num_rows, dtype=torch.float32)
     for start in range(0, num_rows, rows):
         rows_SV = logits_CV[start : start + rows]
         index_S1 = targets_C[start : start + rows].clamp(min=0).unsqueeze(1)
         values_SV = fp32_SV[: len(rows_SV)].copy_(rows_SV)
+        largest_S1, wanted_S1 = values_SV.amax(1, keepdim=True), values_SV.gather(1, index_S1)
         softmax_SV = torch.softmax(values_SV, -1, out=probs_SV[: len(rows_SV)])
         # log p = logit - log(sum of exp), and of the largest logit p is at least 1/V: its logarithm cannot overflow.
-        largest_S1 = values_SV.amax(1, keepdim=True)
-        log_sum_S1 = largest_S1 - softmax_SV.amax(1, keepdim=True).log_()
-        nll_S1 = log_sum_S1 - values_SV.gather(1, index_S1)
+        nll_S1 = largest_S1 - softmax_SV.amax(1, keepdim=True).log_() - wanted_S1
         nll_C[start : start + rows] = nll_S1.squeeze(1)
         if has_grad:
             rows_SV.copy_(softmax_SV)
