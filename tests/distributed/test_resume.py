@@ -109,6 +109,12 @@ def assert_tracked(run_dir: Path) -> None:
     assert {step: row["loss"] for step, row in tracked.items()} == {
         step: entry["loss"] for step, entry in step_metrics(run_dir).items()
     }
+    for step, entry in step_metrics(run_dir).items():
+        for sort in ("thinking", "turn"):
+            kinds = {key: value for key, value in entry.items() if key.startswith(f"loss_by_{sort}/")}
+            assert min(kinds.values()) <= entry["loss"] <= max(kinds.values()), f"{sort} in step {step}"
+            assert {key: tracked[step][key] for key in kinds} == kinds
+    assert "loss_by_turn/later" in " ".join(key for row in tracked.values() for key in row)
 
 
 def assert_ledger(run_dir: Path, num_attempts: int, num_steps: int = STEPS) -> None:
