@@ -94,7 +94,7 @@ def test_of_logits_that_are_there_already(
     assert relative_error(leaf_NV.grad, exact_NV.grad) < tolerance
 
 
-@pytest.mark.parametrize("gap", [0.0, 6.0, 30.0, 300.0])
+@pytest.mark.parametrize("gap", [0.0, 10.0, 30.0, 300.0])
 def test_a_token_that_is_almost_certain_or_impossible(gap: float) -> None:
     """p - 1 would be nothing in bf16, and log p of p = 0 infinite."""
     for target in (0, 1):

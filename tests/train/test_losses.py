@@ -163,5 +163,7 @@ def test_without_targets_logits_come_as_before() -> None:
     expected = model(**arguments()).logits
     text = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False)
     add_losses(model)
+    positions_N, targets_N, weights_N = supervised_positions(labels_of("some"))
+    model(**arguments(), positions_N=positions_N, targets_N=targets_N, weights_N=weights_N)
     assert torch.equal(model(**arguments()).logits, expected)
     assert torch.equal(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False), text)
