@@ -137,7 +137,7 @@ def _cross_entropy_(logits_CV: torch.Tensor, targets_C: torch.Tensor, has_grad: 
         largest_S1, wanted_S1 = values_SV.amax(1, keepdim=True), values_SV.gather(1, index_S1)
         softmax_SV = torch.softmax(values_SV, -1, out=probs_SV[: len(rows_SV)])
         # log p = logit - log(sum of exp), and of the largest logit p is at least 1/V: its logarithm cannot overflow.
-        nll_S1 = largest_S1 - softmax_SV.amax(1, keepdim=True).log_() - wanted_S1
+        nll_S1 = (largest_S1 - wanted_S1) - softmax_SV.amax(1, keepdim=True).log_()
         nll_C[start : start + rows] = nll_S1.squeeze(1)
         if has_grad:
             rows_SV.copy_(softmax_SV)
