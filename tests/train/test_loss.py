@@ -94,7 +94,7 @@ def test_of_logits_that_are_there_already(
     assert relative_error(leaf_NV.grad, exact_NV.grad) < tolerance
 
 
-@pytest.mark.parametrize("gap", [0.0, 10.0, 30.0, 300.0])
+@pytest.mark.parametrize("gap", [0.0, 12.0, 30.0, 300.0])
 def test_a_token_that_is_almost_certain_or_impossible(gap: float) -> None:
     """p - 1 would be nothing in bf16, and log p of p = 0 infinite."""
     for target in (0, 1):
@@ -106,7 +106,7 @@ def test_a_token_that_is_almost_certain_or_impossible(gap: float) -> None:
         leaf_1V = logits_1V.clone().requires_grad_()
         ours, _ = cross_entropy(leaf_1V * 1, torch.tensor([target]), torch.ones(1))
         ours.backward()
-        assert torch.allclose(ours, expected, rtol=1e-5, atol=5e-7)
+        assert torch.allclose(ours, expected, rtol=5e-4, atol=1e-12)
         assert torch.allclose(leaf_1V.grad.float(), exact_1V.grad, rtol=1e-2, atol=1e-30)
 
 
