@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from qwen_dist.activations import LOGITS_BYTES, SOFTMAX_BYTES
 from qwen_dist.train.loss import linear_cross_entropy
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 VOCAB, HIDDEN = 151_936, 256
 
 
