@@ -26,7 +26,7 @@ SOUND = {
 }
 # what is broken -> the run that it is broken in, and what must be said
 BROKEN = {
-    "world size": (BF16 | ZERO_2, r"gradients are 0\.(5|49\d) of what they must be: DeepSpeed divides by the number of"),
+    "world size": (BF16 | ZERO_2, r"gradients are 0\.(5|49\d) of what they must be: DeepSpeed divides by the number"),
     "accumulation": (
         BF16 | ZERO_3,
         r"gradients are 0.33\d of what .*: DeepSpeed divides by accumulation, 3;",

@@ -58,7 +58,9 @@ def run_of(folder: Path, stage: int, offload: str, method: str, recomputed: int)
         "data": {"train": [{"path": "unused.jsonl"}]},
         "batch": {"packs_per_step": 2, "packs_per_micro_batch": 1},
         "zero": {
-            "stage": stage, "offload": offload, "hpz": False,
+            "stage": stage,
+            "offload": offload,
+            "hpz": False,
             "overrides": {"communication_data_type": "fp32"} if is_8bit else {},
         },
         "cluster": {"device": "cpu", "gpus_per_node": 2},
