@@ -14,7 +14,7 @@ from qwen_dist.config import Method, Run
 from qwen_dist.errors import EnvironmentNotReady
 from qwen_dist.train.model.build import build_model, unwrapped
 from qwen_dist.train.model.lora import add_adapters
-from qwen_dist.train.model.offload import HostStore, offload_layers
+from qwen_dist.train.model.offload import HostStore, View, offload_layers
 from qwen_dist.train.model.recompute import (
     decoder_layers,
     is_worth_keeping,
@@ -155,6 +155,13 @@ def test_what_is_kept_elsewhere_comes_back(is_lora: bool, way: str, tmp_path: Pa
     plain, model = (model_of(run, is_lora) for _ in range(2))
     layers = decoder_layers(model)
     store = HostStore(layers, torch.device("cpu"), smallest_bytes=1000)
+    plain_unpack, is_late = store.unpack, []
+
+    def unpack(packed: object) -> torch.Tensor:
+        is_late.append(isinstance(packed, View) and packed.slot.layer in store.slots)
+        return plain_unpack(packed)
+
+    store.unpack = unpack
     RECOMPUTE[way](model, store)
     offload_layers(layers, store)
     on_device: list[int] = []  # layers whose tensors are there when a layer begins
@@ -168,6 +175,7 @@ def test_what_is_kept_elsewhere_comes_back(is_lora: bool, way: str, tmp_path: Pa
         for either in (plain, model):
             either.zero_grad()
     assert max(on_device) <= 2
+    assert is_late and not any(is_late), "each layer's tensors are on their way before its backward begins"
     with torch.no_grad():
         model(input_ids=torch.arange(40)[None], use_cache=False)  # an evaluation keeps nothing
     assert not store.slots
