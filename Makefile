@@ -17,8 +17,10 @@ demo: $(STAMP) ## Train, export and chat with a small Qwen on 2 CPU processes (a
 	@$(VENV)/bin/python examples/demo/demo.py
 
 test: $(STAMP) ## Run all tests that this machine can run
-	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(filter-out $(RANK_TESTS),$(ALL_TESTS))
-	@$(VENV)/bin/python -m pytest $(filter $(ALL_TESTS),$(RANK_TESTS))
+	@failed=0; \
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(filter-out $(RANK_TESTS),$(ALL_TESTS)) || failed=1; \
+	$(VENV)/bin/python -m pytest $(filter $(ALL_TESTS),$(RANK_TESTS)) || failed=1; \
+	exit $$failed
 	@echo
 	@echo "All tests passed. Next: make demo, or qwen-dist init for a run of your own"
 	@[ -f .slurm/slurm.conf ] || echo "(tests on a real Slurm: make slurm-up, then make test again)"
