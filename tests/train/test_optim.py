@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_dist.config import Optim
-from qwen_dist.train.optim import lr_at, make_optimizer, parameter_groups
+from qwen_dist.errors import EnvironmentNotReady
+from qwen_dist.train.optim import LR_FACTOR, lr_at, make_optimizer, parameter_groups
 
 
 def test_cosine_with_warm_up_by_hand() -> None:
@@ -68,3 +69,29 @@ def test_the_fused_step_on_the_host_is_adamws() -> None:
         expected *= 1 - optim.lr * optim.weight_decay
         expected -= optim.lr * (moment / (1 - 0.9**step)) / ((square / (1 - 0.95**step)).sqrt() + optim.eps)
     assert torch.allclose(model.weight.detach().double(), expected, atol=1e-6)
+
+
+def test_b_matrices_have_their_own_rate_and_group() -> None:
+    model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(3, 2, bias=False), "lora_B": torch.nn.Linear(2, 3)})
+    wrapped = torch.nn.ModuleDict({"layer": model})  # names as peft has them: layer.lora_B.weight
+    matrices, faster, vectors = parameter_groups(wrapped, 0.1, lr_ratio_b=16)
+    assert (matrices["params"], faster["params"]) == ([model["lora_A"].weight], [model["lora_B"].weight])
+    assert faster["weight_decay"] == matrices["weight_decay"] == 0.1
+    assert [group.get(LR_FACTOR, 1) for group in (matrices, faster, vectors)] == [1, 16, 1]
+    assert len(parameter_groups(wrapped, 0.1)) == 2
+    assert make_optimizer(wrapped, Optim(), 16).param_groups[1][LR_FACTOR] == 16
+
+
+def test_moments_in_8_bits_need_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optim = torch.nn.Linear(128, 64, bias=False), Optim(kind="adamw_8bit", lr=1e-2)
+    optimizer = make_optimizer(model, optim)
+    model.weight.grad = torch.randn(64, 128)
+    optimizer.step()
+    state = optimizer.state[model.weight]
+    assert state["state1"].dtype == state["state2"].dtype == torch.uint8
+    assert state["absmax1"].numel() == 64 * 128 // 256
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        EnvironmentNotReady, match=r"adamw_8bit needs .* 'qwen-dist\[quant\]', or set optim.kind=adamw\."
+    ):
+        make_optimizer(model, optim)
