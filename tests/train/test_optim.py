@@ -92,6 +92,6 @@ def test_moments_in_8_bits_need_bitsandbytes(monkeypatch: pytest.MonkeyPatch) ->
     assert state["absmax1"].numel() == 64 * 128 // 256
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        EnvironmentNotReady, match=r"adamw_8bit needs .* 'qwen-dist\[quant\]', or set optim.kind=adamw\."
+        EnvironmentNotReady, match=r"adamw_8bit needs .* 'qwen-dist\[quant\]', or set optim.kind=adamw"
     ):
         make_optimizer(model, optim)
