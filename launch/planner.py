@@ -87,7 +87,16 @@ class Plan:
         """full, or the adapters."""
         method = self.run.method
         names = {"lora": "LoRA", "qlora": "QLoRA"}
-        return f"{names[method.kind]}, rank {method.rank}" if method.has_adapters else "full"
+        if not method.has_adapters:
+            return "full"
+        variants = {
+            "rsLoRA": method.rslora,
+            "DoRA": method.dora,
+            "PiSSA": method.init == "pissa",
+            "LoRA+": method.lr_ratio_b != 1,
+        }
+        chosen = [name for name, is_on in variants.items() if is_on]
+        return ", ".join([names[method.kind], f"rank {method.rank}", *chosen])
 
     @property
     def tokens_per_step(self) -> int:

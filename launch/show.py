@@ -25,12 +25,13 @@ def plan_text(plan: Plan) -> str:
         return ("" if data.is_exact else "≈") + (counted(value, name) if name else f"{value:,}")
 
     packs = counted(batch.packs_per_step, "pack")
+    moments = ", moments in 8 bits" if run.optim.kind == "adamw_8bit" else ""
     trained = data.supervised_tokens / data.tokens if data.tokens else 0.0
     return aligned(
         [
             ("run", run.name),
             ("model", f"{short_path(run.model.path)}, {billions(plan.shape.num_parameters)} parameters"),
-            ("method", f"{plan.method}, {run.model.precision}"),
+            ("method", f"{plan.method}, {run.model.precision}{moments}"),
             ("processes", machines_text(plan.hardware)),
             ("layout", layout_text(plan.chosen.layout, plan.shape.num_layers)),
             *_memory(plan),

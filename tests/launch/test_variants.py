@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from launch.plan.choose import combinations
-from launch.show import layout_text
+from launch.planner import DataCounts, make_plan
+from launch.show import layout_text, plan_text
 from qwen_dist.config import Run
 from qwen_dist.hardware import ASSUMED_GPU, Hardware
 from qwen_dist.layout import Layout, fields_of
@@ -112,3 +113,11 @@ def test_a_layout_in_words_says_what_is_kept_and_where() -> None:
     fields = fields_of(run_of(model={"recompute": "selective", "offload_activations": True}, method=LORA))
     layout = Layout(**fields, nodes=1, gpus_per_node=1, recomputed_layers=8)
     assert layout_text(layout, 40) == "ZeRO-3, 8 of 40 layers selectively recomputed, activations in host memory"
+
+
+def test_a_plan_names_the_variants() -> None:
+    method = LORA | {"rank": 16, "rslora": True, "dora": True, "init": "pissa", "lr_ratio_b": 16}
+    run = run_of(method=method, optim={"kind": "adamw_8bit"})
+    plan = make_plan(run, EIGHT_GPUS, DataCounts(1000, 1000, 10**6, 10**5, {}, (256,), True))
+    assert plan.method == "LoRA, rank 16, rsLoRA, DoRA, PiSSA, LoRA+"
+    assert "LoRA, rank 16, rsLoRA, DoRA, PiSSA, LoRA+, bf16, moments in 8 bits" in plan_text(plan)
