@@ -189,12 +189,12 @@ def test_a_damaged_checkpoint_is_refused_and_the_newest_whole_one_named(copied):
     assert not run_dir.export.exists()
 
 
-def test_an_unreadable_checkpoint_of_the_right_size_is_one_sentence(copied, capsys):
+def test_a_damaged_checkpoint_of_the_right_size_is_one_sentence(copied, capsys):
     run_dir = copied("full zero3")
     shard = run_dir.checkpoint(4) / "rank_1.safetensors"
     shard.write_bytes(bytes(shard.stat().st_size))
-    assert main([str(run_dir.path)]) == 1
-    assert "step_00000004 cannot be read: " in capsys.readouterr().err
+    assert main([str(run_dir.path)]) == 2
+    assert "step_00000004 is damaged: rank_1.safetensors has its size, but not its content" in capsys.readouterr().err
     assert not run_dir.export.exists()
 
 

@@ -126,9 +126,8 @@ def test_rows_are_found_by_any_name(mixed: Path, cli: Cli, monkeypatch: pytest.M
         assert f"\n{place}  " in cli("inspect", "run.yaml", "--row", wanted).out, wanted
     (mixed / "below").mkdir()
     monkeypatch.chdir(mixed / "below")
-    assert "../rows.jsonl:7  " in cli("inspect", "../run.yaml", "--row", "../rows.jsonl:7").out.replace(
-        f"{mixed}/", "../"
-    )
+    shown = cli("inspect", "../run.yaml", "--row", "../rows.jsonl:7").out
+    assert f"{mixed}/rows.jsonl:7  " in shown.replace("\n", "")  # a long path may be wrapped
 
 
 def test_rows_of_packed_files_and_tables(project: Path, cli: Cli) -> None:
