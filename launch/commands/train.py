@@ -23,6 +23,7 @@ Example:
   qwen-dist train run.yaml
   qwen-dist train run.yaml optim.lr=2e-5 --dry-run
   qwen-dist train run.yaml --hostfile hosts
+  qwen-dist train chat.yaml --init-from runs/domain
   QWEN_DIST_OPTIM__LR=2e-5 qwen-dist train run.yaml
   qwen-dist train run.yaml --debug --pdb
   qwen-dist train --replay runs/demo --step 7 --rank 1
