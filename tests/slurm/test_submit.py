@@ -23,7 +23,7 @@ NUM_STEPS = 24
 
 @pytest.fixture(scope="module")
 def long_job(slurm_environment, tmp_path_factory):
-    """A job that trains for longer than the minute after which Slurm may ask it to stop: (run file, run directory, job).
+    """A job that trains for longer than the minute in which Slurm asks it to stop: (run file, run directory, job).
 
     600 steps: of 0.17 s on two quiet cores.
     """
