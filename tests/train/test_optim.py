@@ -91,7 +91,5 @@ def test_moments_in_8_bits_need_bitsandbytes(monkeypatch: pytest.MonkeyPatch) ->
     assert state["state1"].dtype == state["state2"].dtype == torch.uint8
     assert state["absmax1"].numel() == 64 * 128 // 256
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        EnvironmentNotReady, match=r"adamw_8bit needs .* 'qwen-dist\[quant\]', or set optim.kind=adamw"
-    ):
+    with pytest.raises(EnvironmentNotReady, match=r"adamw_8bit needs .* 'qwen-dist\[quant\]', or set optim.kind=adamw"):
         make_optimizer(model, optim)
