@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.qwen3 import write_config
 from launch.zero import deepspeed_config
 from qwen_dist.activations import activations_of
 from qwen_dist.config import Run
@@ -97,19 +98,12 @@ def compare(case: Case, device: str) -> dict[str, Any]:
 def spec_of(case: Case, device: str, folder: Path) -> dict[str, Any]:
     """What `qwen_dist.train.probe` is told."""
     shape, layout = case.shape, case.layout
-    config = {
-        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size, "head_dim": shape.head_dim,
-        "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads,
-        "vocab_size": shape.vocab_size, "tie_word_embeddings": shape.is_tied,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
     adapters = {"rank": layout.rank, "targets": layout.targets} if layout.method == "lora" else {}
     run = Run.model_validate(
         {
             "name": "memory",
             "model": {
-                "path": str(folder / "config.json"),
+                "path": write_config(shape, folder),
                 "activation_checkpointing": layout.recomputed_layers,
             },
             "method": {"kind": layout.method, **adapters},

@@ -26,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.qwen3 import write_config
 from launch.zero import deepspeed_config
 from qwen_dist.activations import activations_of
 from qwen_dist.config import Run
@@ -135,18 +136,11 @@ def measure(case: Case) -> dict[str, Any]:
 def run_of(case: Case, folder: Path) -> Run:
     """The run file of a case, with its config.json in `folder`."""
     shape = case.shape
-    config = {
-        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size, "head_dim": shape.head_dim,
-        "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads,
-        "vocab_size": shape.vocab_size, "tie_word_embeddings": shape.is_tied,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
     return Run.model_validate(
         {
             "name": "step",
             "model": {
-                "path": str(folder / "config.json"),
+                "path": write_config(shape, folder),
                 "activation_checkpointing": case.recomputed,
                 "attention": case.attention,
                 "kernels": case.kernels,
@@ -186,7 +180,7 @@ def recomputed_that_fit(case: Case, memory: int) -> int | None:
 
 
 def deepest_that_fits(case: Case, memory: int) -> Case:
-    """With as many layers as fit, none of them recomputed where that leaves at least one."""
+    """With as many layers as fit, and the fewest of them recomputed that let them."""
     for layers in range(case.layers, 0, -1):
         tried = replace(case, layers=layers)
         if (recomputed := recomputed_that_fit(tried, memory)) is not None:

@@ -9,7 +9,6 @@ import pty
 import select
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,17 +36,6 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sections = {"model": FP32, "checkpoint": SAVED, "length": STEPS, "zero": {"stage": 3}, "data": held_out}
     qwen_dist("train", str(write_run_file(folder, "run", **sections)))
     return folder / "runs" / "run"
-
-
-@pytest.fixture
-def torch_as_before() -> Iterator[None]:
-    """A replay in this process switches checks on that other tests do not want; one thread, since cores are shared."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-    torch.use_deterministic_algorithms(False)
-    torch.autograd.set_detect_anomaly(False)
 
 
 def replayed(run_dir: Path, step: int, rank: int, capsys: pytest.CaptureFixture[str]) -> list[dict]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train.debugging.replay import replay
@@ -76,14 +74,3 @@ def test_a_replay_has_the_masks_that_the_step_had(
         replay(RunDir(runs["once"]), step, rank, as_json=True)
         losses.append(json.loads(capsys.readouterr().out.splitlines()[-1])["step"]["loss"])
     assert sum(losses) == pytest.approx(step_metrics(runs["once"])[step]["loss"], rel=1e-5)
-
-
-@pytest.fixture
-def torch_as_before() -> Iterator[None]:
-    """A replay in this process switches checks on that other tests do not want; one thread, since cores are shared."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-    torch.use_deterministic_algorithms(False)
-    torch.autograd.set_detect_anomaly(False)

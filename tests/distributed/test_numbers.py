@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,17 +138,6 @@ class Poison:
     model: Path
     place: str
     rank: int
-
-
-@pytest.fixture
-def torch_as_before() -> Iterator[None]:
-    """A replay in this process switches checks on that other tests do not want; one thread, since cores are shared."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-    torch.use_deterministic_algorithms(False)
-    torch.autograd.set_detect_anomaly(False)
 
 
 @pytest.fixture(scope="module")
