@@ -17,8 +17,8 @@ from qwen_dist.config_fit import unfit
 
 __all__ = [
     "LINEAR_LAYERS", "Batch", "Checkpoint", "Cluster", "Container", "Curriculum", "Data", "Evaluation", "Faults",
-    "Format", "Length", "Method", "Model", "Optim", "Run", "Section", "Source", "SystemMessage", "SystemText",
-    "TextSplit", "Tracking", "Wandb", "Zero",
+    "Format", "Length", "Method", "Model", "Optim", "Parallel", "Run", "Section", "Source", "SystemMessage",
+    "SystemText", "TextSplit", "Tracking", "Wandb", "Zero",
 ]  # fmt: skip
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -53,6 +53,9 @@ class Model(Section):
     offload_activations: bool = Field(
         False, description="Keep what backward needs in host memory, copied beside the computation; needs a GPU"
     )
+    mlp_tile_tokens: Positive | None = Field(
+        None, description="Tokens that an MLP computes at a time, and again in backward; null: all at once"
+    )
 
 
 class Method(Section):
@@ -78,6 +81,14 @@ class Method(Section):
     def has_adapters(self) -> bool:
         """Whether the base is frozen and adapters are trained."""
         return self.kind != "full"
+
+
+class Parallel(Section):
+    """How GPUs share a pack."""
+
+    sequence: Positive = Field(
+        1, description="GPUs that share each pack: each holds its part of the tokens, and of the heads in attention"
+    )
 
 
 class Batch(Section):
@@ -161,6 +172,9 @@ class Evaluation(Section):
     every_steps: Positive | None = Field(
         None, description="Optimizer steps between evaluations; default: at the end of each epoch"
     )
+    max_loss: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="The run fails where its last held-out loss is above this; null: only where it is not finite"
+    )
 
 
 class Wandb(Section):
@@ -192,6 +206,7 @@ class Run(Section):
     model: Model
     method: Method = Field(Method())
     data: Data
+    parallel: Parallel = Field(Parallel())
     batch: Batch = Field(Batch())
     optim: Optim = Field(Optim())
     length: Length = Field(Length())

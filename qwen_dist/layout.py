@@ -28,6 +28,8 @@ class Layout:
         is_selective: of those, matrix products and attention do not run again: their results are kept.
         offload_activations: what layers keep for backward lies in host memory.
         packs_per_micro_batch: packs that a GPU computes at one time.
+        sequence: GPUs that share each of them.
+        mlp_tile_tokens: tokens that an MLP computes at a time, and again in backward; None: all at once.
         attention: what it keeps: as flash, as sdpa sample by sample, or as eager, the scores of all pairs of tokens.
     """
 
@@ -44,6 +46,8 @@ class Layout:
     hpz: bool = False
     recomputed_layers: int = 0
     packs_per_micro_batch: int = 1
+    sequence: int = 1
+    mlp_tile_tokens: int | None = None
     dora: bool = False
     has_own_rate_b: bool = False
     has_8bit_moments: bool = False
@@ -80,5 +84,7 @@ def fields_of(run: Run) -> dict[str, Any]:
         "has_8bit_moments": run.optim.kind == "adamw_8bit",
         "is_selective": run.model.recompute == "selective",
         "offload_activations": run.model.offload_activations,
+        "sequence": run.parallel.sequence,
+        "mlp_tile_tokens": run.model.mlp_tile_tokens,
         "attention": kept_attention(run.model.attention, run.cluster.device, run.model.precision),
     }
