@@ -153,7 +153,8 @@ def make_plan(run: Run, hardware: Hardware, counts: DataCounts, measured: Measur
     question = question_of(run, hardware, counts, measured)
     choice = require_choice(question)
     planned = resolved(run, choice.chosen.layout)
-    batch = plan_batch(run.batch.packs_per_step, hardware.world_size, planned.packs_per_micro_batch)
+    at_once, sequence = planned.packs_per_micro_batch, run.parallel.sequence
+    batch = plan_batch(run.batch.packs_per_step, hardware.world_size, at_once, sequence)
     steps = total_steps(list(counts.packs_per_epoch), batch.packs_per_step, run.length.max_steps)
     whole = total_steps(list(counts.packs_per_epoch), batch.packs_per_step, None)
     # Of one epoch's tokens; max_steps may end the run within an epoch, and those behind it are not counted at all.

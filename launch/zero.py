@@ -85,7 +85,7 @@ def explained_config(
     Raises:
         UserError: the batch does not divide over the processes, or zero.overrides cannot be used.
     """
-    batch = plan_batch(run.batch.packs_per_step, world_size, run.packs_per_micro_batch)
+    batch = plan_batch(run.batch.packs_per_step, world_size, run.packs_per_micro_batch, run.parallel.sequence)
     shape = shape or model_shape(run.model.path)
     largest = max(shape.embedding_parameters, *shape.layer_tensors.values())
     sizes = bucket_sizes(shape.hidden_size, shape.layer_parameters, largest, world_size)
@@ -100,17 +100,24 @@ def explained_config(
 
 def _batch(facts: _Facts) -> list[Setting]:
     batch = facts.batch
-    at_once, world_size = batch.packs_per_micro_batch, batch.world_size
-    product = f"{at_once} at a time x {batch.accumulation} times x {world_size} processes"
-    return [
+    at_once, sequence = batch.packs_per_micro_batch, batch.sequence
+    ranks = f"groups of {sequence} processes" if sequence > 1 else "processes"
+    product = f"{at_once} at a time x {batch.accumulation} times x {batch.data_groups} {ranks}"
+    who = f"{sequence} processes compute together" if sequence > 1 else "a process computes"
+    row_tokens = at_once * facts.run.data.max_tokens
+    settings = [
         Setting("train_batch_size", batch.packs_per_step, f"batch.packs_per_step: packs of a step, {product}."),
         Setting(
             "train_micro_batch_size_per_gpu",
             at_once,
-            f"Packs that a process computes at a time, as one row of {at_once * facts.run.data.max_tokens:,} tokens.",
+            f"Packs that {who} at a time, as one row of {row_tokens:,} tokens.",
         ),
         Setting("gradient_accumulation_steps", batch.accumulation, f"{batch.packs_per_step} packs = {product}."),
     ]
+    if sequence > 1:
+        reason = f"parallel.sequence: DeepSpeed checks the three above with {batch.data_groups} groups, not processes."
+        settings.append(Setting("sequence_parallel_size", sequence, reason))
+    return settings
 
 
 def _numbers(facts: _Facts) -> list[Setting]:

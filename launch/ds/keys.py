@@ -54,6 +54,7 @@ DECIDED = {
     "train_batch_size": "batch.packs_per_step",
     "train_micro_batch_size_per_gpu": "batch.packs_per_micro_batch",
     "gradient_accumulation_steps": "batch.packs_per_step and batch.packs_per_micro_batch",
+    "sequence_parallel_size": "parallel.sequence",
     "gradient_clipping": "optim.grad_clip",
     "optimizer": "optim",
     "scheduler": "optim.schedule",

@@ -48,8 +48,9 @@ class Question:
 
     @property
     def packs_per_process(self) -> int:
-        """Packs of one process in a step: micro-batches times packs of each."""
-        return plan_batch(self.run.batch.packs_per_step, self.hardware.world_size).accumulation
+        """Packs of one process in a step, or of the group that shares them: micro-batches times packs of each."""
+        batch, sequence = self.run.batch, self.run.parallel.sequence
+        return plan_batch(batch.packs_per_step, self.hardware.world_size, sequence=sequence).accumulation
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def planned(run: Run, ask: Ask = kept_probe) -> tuple[Plan, Question]:
     wanted = run.cluster.gpus_per_node  # a plan may be for another machine: a number needs no GPU here
     is_told = run.cluster.kind == "local" and wanted != "auto"
     per_node = int(wanted) if is_told else processes_per_node(run, len(gpus_of(run)))
-    plan_batch(run.batch.packs_per_step, world_size_of(run, per_node))
+    plan_batch(run.batch.packs_per_step, world_size_of(run, per_node), sequence=run.parallel.sequence)
     hardware = hardware_of(run, per_node)
     require_choice(question_of(run, hardware))
     counts = quick_counts(run)

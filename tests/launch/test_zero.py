@@ -87,6 +87,20 @@ def test_batch_arithmetic() -> None:
         deepspeed_config(make_run(packs=48), 7)
 
 
+def test_batch_arithmetic_of_gpus_that_share_packs() -> None:
+    run = make_run(packs=48, at_once=2, parallel={"sequence": 4})
+    config = deepspeed_config(run, 16)
+    assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (48, 6)
+    assert (config["train_micro_batch_size_per_gpu"], config["sequence_parallel_size"]) == (2, 4)
+    reasons = {setting.key: setting.reason for setting in explained_config(run, 16)}
+    assert "2 at a time x 6 times x 4 groups of 4 processes" in reasons["train_batch_size"]
+    assert "4 processes compute together at a time, as one row of 8,192" in reasons["train_micro_batch_size_per_gpu"]
+    assert max(map(len, reasons.values())) < 110
+    assert "sequence_parallel_size" not in deepspeed_config(make_run(packs=48), 6)
+    with pytest.raises(UserError, match="parallel.sequence=4 does not divide 6 processes"):
+        deepspeed_config(run, 6)
+
+
 def test_what_is_not_planned_is_plain_zero3() -> None:
     config = deepspeed_config(make_run(zero={}), 8)
     assert config[ZERO]["stage"] == 3
@@ -204,9 +218,13 @@ def test_overrides_of_the_other_stage_are_refused() -> None:
 
 
 # Prints what DeepSpeed's own config classes made of each config, and every key that they know. The classes read
-# top-level keys one by one, so the keys that they ask for are noted.
+# top-level keys one by one, so the keys that they ask for are noted. They divide the batch over a world of 8.
 ASK_DEEPSPEED = """
 import json, sys
+import deepspeed, torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+deepspeed.init_distributed("fake", verbose=False)
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.profiling import constants as profiling
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -238,7 +256,7 @@ def constants(module, prefix, section):
     found = {name: value for name, value in vars(module).items() if name.startswith(prefix + "_")}
     return [f"{section}.{value}" for name, value in found.items() if name + "_DEFAULT" in found]
 
-DeepSpeedConfig(Noting({"train_batch_size": 1}))  # asks for old names, too
+DeepSpeedConfig(Noting({"train_batch_size": 8}))  # asks for old names, too
 taken = []
 for config in json.load(sys.stdin):
     read = DeepSpeedConfig(Noting(config))
@@ -258,7 +276,8 @@ print(json.dumps({"taken": taken, "known": known, "top": sorted(Noting.asked)}))
 
 @pytest.fixture(scope="module")
 def deepspeed() -> dict[str, Any]:
-    configs = [preset(name, replace(PRESETS[name].size, nodes=1, gpus_per_node=1)) for name in PRESETS]
+    configs = [preset(name, replace(PRESETS[name].size, nodes=1, gpus_per_node=8)) for name in PRESETS]
+    configs.append(deepspeed_config(make_run(packs=8, at_once=2, parallel={"sequence": 4}), 8))
     done = subprocess.run(
         [sys.executable, "-c", ASK_DEEPSPEED], input=json.dumps(configs), capture_output=True, text=True,
         env={**os.environ, "DS_ACCELERATOR": "cpu"}, check=False,
@@ -272,7 +291,8 @@ def test_deepspeed_takes_every_value(deepspeed: dict[str, Any]) -> None:
     for config, taken in zip(deepspeed["configs"], deepspeed["taken"], strict=True):
         assert flat(config[ZERO]).items() <= flat(taken["zero"]).items()
         assert config.get("aio", {}).items() <= taken["aio"].items()
-        assert (taken["accumulation"], taken["micro"]) == (config["gradient_accumulation_steps"], 1)
+        assert taken["accumulation"] == config["gradient_accumulation_steps"]
+        assert taken["micro"] == config["train_micro_batch_size_per_gpu"]
         assert taken["fp32"] == "fp32" and taken["bf16"] is True
 
 
