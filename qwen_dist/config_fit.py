@@ -17,6 +17,7 @@ def unfit(run: Run) -> Iterator[str]:
     yield from _of_quantized_weights(run)
     yield from _of_memory(run)
     yield from _of_kernels(run)
+    yield from _of_long_rows(run)
     if run.init_from is not None and run.method.init == "pissa":
         yield "method.init pissa does not go with init_from: adapters start from one of them; remove one"
     if run.checkpoint.in_background is True and run.zero.nvme_path is not None:
@@ -57,6 +58,21 @@ def _of_kernels(run: Run) -> Iterator[str]:
     if model.compile:
         for key in _needs_sharded_weights(run.zero):
             yield f"model.compile does not go with {key}: weights are gathered between a layer's operations; remove one"
+
+
+def _of_long_rows(run: Run) -> Iterator[str]:
+    model, sequence = run.model, run.parallel.sequence
+    if sequence > 1 and model.attention == "eager":
+        yield f"parallel.sequence {sequence} does not go with model.attention eager, which needs whole rows; set sdpa"
+    if model.mlp_tile_tokens is None:
+        return
+    if model.compile:
+        yield "model.mlp_tile_tokens does not go with model.compile: the compiler decides what is kept; remove one"
+    if model.recompute == "selective" and run.num_recomputed(1):
+        yield (
+            "model.recompute selective keeps the products that model.mlp_tile_tokens computes again; set recompute to "
+            "layer, or remove mlp_tile_tokens"
+        )
 
 
 def _of_memory(run: Run) -> Iterator[str]:
