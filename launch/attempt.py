@@ -22,7 +22,8 @@ HARMLESS_KEYS = (
     "output_dir", "data.cache",
     # How the processes share the work: a checkpoint fits any number of them, and any ZeRO stage.
     "zero.stage", "zero.offload", "zero.hpz", "zero.nvme_path", "batch.packs_per_micro_batch",
-    "model.activation_checkpointing", "model.recompute", "model.offload_activations",
+    "model.activation_checkpointing", "model.recompute", "model.offload_activations", "model.mlp_tile_tokens",
+    "parallel.sequence",
 )  # fmt: skip
 # Of the cluster, what a plan depends on beside the number of processes.
 PLACE = ("kind", "device", "nodes", "gpu", "gpu_memory_gb", "host_memory_gb", "gpu_type", "hosts", "hostfile")
@@ -94,6 +95,8 @@ def with_recorded_choice(found: Found, run: Run, world_size: int) -> Run:
         return run  # `decide` says why this is no run to go on with
     if any(getattr(then.cluster, name) != getattr(run.cluster, name) for name in PLACE):
         return run
+    if (then.parallel, then.model.mlp_tile_tokens) != (run.parallel, run.model.mlp_tile_tokens):
+        return run
     update: dict[str, Any] = {}
     for section, names in PLANNED.items():
         now, before = getattr(run, section), getattr(then, section)
@@ -127,10 +130,11 @@ def decide(found: Found, run: Run, path: Path, world_size: int) -> Literal["new"
             f"{path} is a run directory of another run: {told}{more}; "
             "give this run another name, or delete the directory."
         )
-    packs, at_once = run.batch.packs_per_step, run.packs_per_micro_batch
-    if packs % (world_size * at_once):
-        worlds = " or ".join(map(str, worlds_near(packs, world_size, at_once)))
+    packs, at_once, sequence = run.batch.packs_per_step, run.packs_per_micro_batch, run.parallel.sequence
+    if world_size % sequence or packs % (world_size // sequence * at_once):
+        worlds = " or ".join(map(str, worlds_near(packs, world_size, at_once, sequence)))
         micro = f", {at_once} at a time" if at_once > 1 else ""
+        micro += f", {sequence} of which share a pack" if sequence > 1 else ""
         raise UserError(
             f"{path} makes steps of {packs} packs, which do not divide over {world_size} processes{micro}; "
             f"go on with {worlds or 'another number'}."

@@ -13,6 +13,7 @@ from qwen_dist.errors import UserError
 from qwen_dist.hardware import Hardware, Measured
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape, is_known_model, model_shape
+from qwen_dist.sharing import check_sequence, check_tiles
 
 if TYPE_CHECKING:
     from launch.plan.probe import Correction
@@ -111,6 +112,15 @@ class Plan:
         return time.total_s * self.total_tokens / time.tokens / 3600 if time else None
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is slow as it was asked for."""
+        layout = self.chosen.layout
+        if not layout.spans_machines:
+            return ()
+        sequence, per_node = layout.sequence, layout.gpus_per_node
+        return (f"parallel.sequence={sequence} shares packs over the network: machines have {per_node} GPUs each.",)
+
+    @property
     def gpu_hours(self) -> float | None:
         """Hours of all GPUs together."""
         return self.hours * self.hardware.world_size if self.hours is not None else None
@@ -178,8 +188,10 @@ def require_choice(question: Question) -> Choice:
     """The layout for `question`.
 
     Raises:
-        UserError: nothing fits; says what would.
+        UserError: the model's heads cannot be shared as asked, or nothing fits; says what would.
     """
+    check_sequence(question.shape, question.run.parallel.sequence)
+    check_tiles(question.shape, question.run.model.mlp_tile_tokens)
     choice = choose(question)
     if choice is None:
         raise UserError(refusal(question))

@@ -10,6 +10,7 @@ from qwen_dist.errors import counted
 
 if TYPE_CHECKING:
     from launch.planner import Plan, SourceShare
+    from qwen_dist.batch_math import BatchPlan
     from qwen_dist.hardware import Hardware
     from qwen_dist.layout import Layout
 
@@ -32,7 +33,8 @@ def plan_text(plan: Plan) -> str:
             ("run", run.name),
             ("model", f"{short_path(run.model.path)}, {billions(plan.shape.num_parameters)} parameters"),
             ("method", f"{plan.method}, {run.model.precision}{moments}"),
-            ("processes", machines_text(plan.hardware)),
+            ("processes", machines_text(plan.hardware) + _groups(batch)),
+            *(("warning", sentence) for sentence in plan.warnings),
             ("layout", layout_text(plan.chosen.layout, plan.shape.num_layers)),
             *_memory(plan),
             ("step", f"{packs} × {run.data.max_tokens:,} tokens, accumulation {batch.accumulation}"),
@@ -57,6 +59,13 @@ def machines_text(hardware: Hardware) -> str:
     return f"{places} on {hardware.gpu.name if hardware.gpu else 'CPU'}"
 
 
+def _groups(batch: BatchPlan) -> str:
+    """What processes share, as `, 2 share each pack: 4 packs at a time`."""
+    if batch.sequence == 1:
+        return ""
+    return f", {batch.sequence} share each pack: {counted(batch.data_groups, 'group')}"
+
+
 def layout_text(layout: Layout, num_layers: int) -> str:
     """A layout in words, as `ZeRO-3, 12 of 40 layers recomputed, 2 packs at a time`."""
     words = [layout_name(layout)]
@@ -65,6 +74,8 @@ def layout_text(layout: Layout, num_layers: int) -> str:
         words.append(f"{layout.recomputed_layers} of {num_layers} layers {how}")
     if layout.offload_activations:
         words.append("activations in host memory")
+    if layout.mlp_tile_tokens is not None:
+        words.append(f"MLPs {layout.mlp_tile_tokens:,} tokens at a time")
     if layout.packs_per_micro_batch > 1:
         words.append(f"{layout.packs_per_micro_batch} packs at a time")
     return ", ".join(words)

@@ -1,8 +1,10 @@
 """Bytes that forward keeps for backward, and that both need for a moment. Pure; standard library only.
 
 Each term was read off the tensors that autograd saves of transformers' own layers (5.23, without hub kernels), and
-tests/memory counts them anew. Legend: T tokens of a micro-batch, H hidden size, Q and K widths of all query and key
-heads, I width of the MLP, V vocabulary, N trained tokens, e bytes of an element.
+tests/memory counts them anew. Legend: T tokens of a micro-batch that a GPU holds, H hidden size, Q and K widths of all
+query and key heads, I width of the MLP, V vocabulary, N trained tokens, e bytes of an element.
+Of S GPUs that share a micro-batch each holds T of its S*T tokens, but in attention all S*T of a part of the heads: of
+queries as many elements as before, of keys and values S/K times as many where there are only K < S of their heads.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape
+from qwen_dist.sharing import kv_copies
 
 # Of the loss (qwen_dist/train/loss.py), on a GPU: logits that exist at one time, 2,106 rows of 151,936 in bf16, since a
 # product of fewer rows waits for the weights and the sum of their gradient (3 GB a chunk in a 14B model); and how much
@@ -65,7 +68,7 @@ def activations_of(shape: ModelShape, layout: Layout, supervised_share: float) -
         layout: of the run; the first `recomputed_layers` layers are recomputed.
         supervised_share: trained tokens of all tokens.
     """
-    trained = max(1, round(supervised_share * layout.tokens_per_micro_batch))
+    trained = max(1, round(supervised_share * layout.tokens_per_gpu))
     if layout.offload_activations and shape.num_layers > LAYERS_ON_DEVICE:
         return _offloaded(shape, layout, trained)
     return _on_device(shape, layout, trained)
@@ -78,7 +81,7 @@ def _offloaded(shape: ModelShape, layout: Layout, trained: int) -> Activations:
     first = max(0, recomputed - (shape.num_layers - LAYERS_ON_DEVICE))  # recomputed ones of the last two
     pairs = {first, *({0} if recomputed < shape.num_layers - 1 else ()), *({2} if recomputed > 1 else ())}
     found = {pair: _on_device(two, replace(layout, recomputed_layers=pair), trained) for pair in sorted(pairs)}
-    kept_recomputed = element * shape.hidden_size * layout.tokens_per_micro_batch
+    kept_recomputed = element * shape.hidden_size * layout.tokens_per_gpu
     kept_recomputed += product_bytes(shape, layout)[0] if layout.is_selective else 0
     layers = shape.num_layers - LAYERS_ON_DEVICE
     elsewhere = min(recomputed, layers) * kept_recomputed + max(0, layers - recomputed) * layer_bytes(shape, layout)
@@ -87,7 +90,7 @@ def _offloaded(shape: ModelShape, layout: Layout, trained: int) -> Activations:
 
 
 def _on_device(shape: ModelShape, layout: Layout, trained: int) -> Activations:
-    tokens, element, hidden = layout.tokens_per_micro_batch, element_bytes(layout), shape.hidden_size
+    tokens, element, hidden = layout.tokens_per_gpu, element_bytes(layout), shape.hidden_size
     recomputed = min(layout.recomputed_layers, shape.num_layers)
     layer, last = (layer_bytes(shape, layout, rows) for rows in (None, trained))
     norm_bytes, dora = _norm_bytes_token(shape, layout), _dora_bytes(shape, layout)
@@ -107,22 +110,23 @@ def _on_device(shape: ModelShape, layout: Layout, trained: int) -> Activations:
     if layout.method != "full" and recomputed == 0:
         kept -= tokens * norm_bytes  # nothing before the first adapter needs a gradient: no norm's input kept
 
-    norm, mlp = _working_bytes_token(shape, layout)
-    final_norm = kept + trained * norm
-    # The MLP's of the last layer, then of the one before it, when what the last one kept is gone.
-    backward = max(final_norm, kept + trained * (mlp - norm_bytes))
+    final_norm = kept + trained * _norm_working_bytes_token(shape, layout)
+    # What a layer's backward takes for a moment: the most of its MLP's and, when that is through, its attention's.
+    working, last_working = (_working_bytes(shape, layout, rows) for rows in (tokens, trained))
+    # Of the last layer, then of the one before it, when what the last one kept is gone.
+    backward = max(final_norm, kept + last_working - trained * norm_bytes)
     rope = tokens * _rope_bytes_token(shape, layout)
     if recomputed < shape.num_layers - 1:
-        backward = max(backward, kept - last - trained * norm_bytes + tokens * mlp)
+        backward = max(backward, kept - last - trained * norm_bytes + working)
     if layout.attention == "eager":  # the gradient of the scores, rounded and in fp32
         kept_last = kept if is_last_kept else kept + last - last_again
         backward = max(backward, kept_last + (FP32 + element) * shape.num_heads * tokens * tokens)
     if not is_last_kept:
         before = (recomputed - 1) * checkpoint + last_checkpoint
-        backward = max(backward, before + last - last_again + rope + max(trained * mlp, dora))
+        backward = max(backward, before + last - last_again + rope + max(last_working, dora))
     if recomputed:
         first = recomputed if is_last_kept else recomputed - 1
-        backward = max(backward, first * checkpoint + layer - again + rope + max(tokens * mlp, dora))
+        backward = max(backward, first * checkpoint + layer - again + rope + max(working, dora))
     loss, loss_kept = _loss_bytes(shape, layout, trained)
     return Activations(kept, final_norm, backward, max(loss, dora), loss_kept)
 
@@ -146,22 +150,35 @@ def layer_bytes(shape: ModelShape, layout: Layout, rows: int | None = None) -> i
     Args:
         rows: of them go on after the attention; only in the last layer are these fewer than all.
     """
-    tokens = layout.tokens_per_micro_batch
-    before = _attention_bytes_token(shape, layout) + _norm_bytes_token(shape, layout)
-    after = _mlp_bytes_token(shape, layout) + _norm_bytes_token(shape, layout)
-    if layout.method != "full":
-        adapted = [name for name in shape.layer_linears if name in layout.targets]
-        of_attention = sum(name in ("q_proj", "k_proj", "v_proj") for name in adapted)
-        before += element_bytes(layout) * layout.rank * of_attention
-        after += element_bytes(layout) * layout.rank * (len(adapted) - of_attention)
-        if layout.dora:  # what the frozen layer and the adapter gave, to be scaled
-            widths = [shape.layer_linears[name][1] for name in adapted]
-            before += element_bytes(layout) * 2 * sum(widths[:of_attention])
-            after += element_bytes(layout) * 2 * sum(widths[of_attention:])
-    # The attention's output, of the chosen rows, or of samples that were computed apart; of all rows flash keeps it.
-    if (rows is not None or layout.attention != "flash") and _keeps_input(layout, ("o_proj",)):
-        after += element_bytes(layout) * shape.query_size
-    return tokens * before + (tokens if rows is None else rows) * after
+    before = _before_bytes_token(shape, layout)
+    after = _after_bytes_token(shape, layout, rows is not None)
+    return layout.tokens_per_gpu * before + (layout.tokens_per_gpu if rows is None else rows) * after
+
+
+def _before_bytes_token(shape: ModelShape, layout: Layout) -> int:
+    """What a layer keeps of a token up to its attention, that included."""
+    size = _attention_bytes_token(shape, layout) + _norm_bytes_token(shape, layout)
+    return size + _adapters_bytes_token(shape, layout, ("q_proj", "k_proj", "v_proj"))
+
+
+def _after_bytes_token(shape: ModelShape, layout: Layout, are_chosen: bool) -> int:
+    """What a layer keeps of a token after its attention."""
+    size = _norm_bytes_token(shape, layout) + _adapters_bytes_token(shape, layout, ("o_proj",))
+    # Of an MLP in tiles there is its input, until backward computes a tile once more.
+    is_tiled = layout.mlp_tile_tokens is not None
+    size += element_bytes(layout) * shape.hidden_size if is_tiled else _mlp_bytes_token(shape, layout)
+    # The attention's output, of the chosen rows, or of samples that were computed apart, or as it came back from the
+    # other GPUs; of all rows flash keeps it.
+    is_copied = are_chosen or layout.attention != "flash" or layout.sequence > 1
+    return size + (element_bytes(layout) * shape.query_size if is_copied and _keeps_input(layout, ("o_proj",)) else 0)
+
+
+def _adapters_bytes_token(shape: ModelShape, layout: Layout, names: tuple[str, ...]) -> int:
+    """What the adapters beside these modules keep: what A gave; of DoRA also what it scales, the module's and B's."""
+    adapted = [shape.layer_linears[name][1] for name in names if name in layout.targets and name in shape.layer_linears]
+    if layout.method == "full":
+        return 0
+    return element_bytes(layout) * (layout.rank * len(adapted) + (2 * sum(adapted) if layout.dora else 0))
 
 
 def product_bytes(shape: ModelShape, layout: Layout, rows: int | None = None) -> tuple[int, int]:
@@ -173,13 +190,14 @@ def product_bytes(shape: ModelShape, layout: Layout, rows: int | None = None) ->
     Returns:
         Their bytes, and the bytes of those among them that the layer keeps anyway.
     """
-    element, tokens = element_bytes(layout), layout.tokens_per_micro_batch
+    element, tokens = element_bytes(layout), layout.tokens_per_gpu
     after_tokens = tokens if rows is None else rows
     query, kv, hidden = shape.query_size, shape.kv_size, shape.hidden_size
     attention = element * query + (0 if layout.attention == "eager" else FP32 * shape.num_heads)
     inside = 2 * shape.active_intermediate_size  # gate and up
     outside = hidden * (shape.experts_per_token if shape.num_experts else 1) + shape.num_experts
-    kept_before, kept_after = attention + element * kv, element * inside
+    # Values that are shared out anew are others than those that came out of their product.
+    kept_before, kept_after = attention + (element * kv if layout.sequence == 1 else 0), element * inside
     kept_before += element * (query + kv) if shape.has_qk_norm else 0
     before, after = attention + element * (query + 2 * kv), element * (inside + hidden + outside)
     kept = tokens * kept_before + after_tokens * kept_after
@@ -211,6 +229,7 @@ def _norm_bytes_token(shape: ModelShape, layout: Layout) -> int:
 def _attention_bytes_token(shape: ModelShape, layout: Layout) -> int:
     element, query, kv = element_bytes(layout), shape.query_size, shape.kv_size
     heads = shape.num_heads + shape.num_kv_heads
+    copies = kv_copies(shape, layout.sequence)
     size = element * shape.hidden_size if _keeps_input(layout, ("q_proj", "k_proj", "v_proj")) else 0
     if shape.has_qk_norm:
         size += element * (query + kv) + FP32 * heads
@@ -218,16 +237,17 @@ def _attention_bytes_token(shape: ModelShape, layout: Layout) -> int:
         rounded = element if element != FP32 else 0
         return size + element * 3 * query + shape.num_heads * layout.tokens_per_micro_batch * (FP32 + rounded)
     # On a GPU only kernels without fp32 know keys that several queries share (qwen_dist/train/model/packed.py).
-    keys = query if layout.attention == "sdpa" and element == FP32 else kv
+    keys = query if layout.attention == "sdpa" and element == FP32 else copies * kv
     # Queries, keys, values, output, log-sum-exp of each head.
     return size + element * (2 * query + 2 * keys) + FP32 * shape.num_heads
 
 
 def _mlp_bytes_token(shape: ModelShape, layout: Layout) -> int:
-    """Gate, up, and their product, which an adapter or gradient of the last linear layer needs."""
+    """Gate, up, and their product, which an adapter or gradient of the last linear layer needs; and its adapters'."""
     element, hidden = element_bytes(layout), shape.hidden_size
     has_input = _keeps_input(layout, ("gate_proj", "up_proj")) and "gate_proj" in shape.layer_linears
     size = element * hidden if has_input or layout.method == "full" else 0
+    size += _adapters_bytes_token(shape, layout, ("gate_proj", "up_proj", "down_proj"))
     kept = element * (3 if _keeps_input(layout, ("down_proj",)) else 2)
     if not shape.num_experts:
         return size + kept * shape.intermediate_size
@@ -260,7 +280,30 @@ def _around_bytes_token(shape: ModelShape, layout: Layout) -> int:
     return _rope_bytes_token(shape, layout) + 8
 
 
-def _working_bytes_token(shape: ModelShape, layout: Layout) -> tuple[int, int]:
-    """For a moment of backward: three fp32 tensors and the gradient at a norm; two of width I in an MLP."""
+def _norm_working_bytes_token(shape: ModelShape, layout: Layout) -> int:
+    """For a moment of a norm's backward: three fp32 tensors and the gradient."""
+    return (3 * FP32 + element_bytes(layout)) * shape.hidden_size
+
+
+def _working_bytes(shape: ModelShape, layout: Layout, rows: int) -> int:
+    """For a moment of a layer's backward, more than it keeps.
+
+    Args:
+        rows: tokens that go through its MLP.
+    """
     element, hidden = element_bytes(layout), shape.hidden_size
-    return (3 * FP32 + element) * hidden, element * 2 * shape.active_intermediate_size
+    mlp = element * 2 * shape.active_intermediate_size  # two gradients of width I
+    tile = layout.mlp_tile_tokens
+    if tile is not None:  # what a tile keeps, since it is computed again; and the gradients of all rows
+        of_tile = min(tile, rows) * (_mlp_bytes_token(shape, layout) + mlp)
+        in_mlp = of_tile + rows * element * 2 * hidden
+    else:
+        in_mlp = rows * mlp
+    if tile is None and layout.sequence == 1:
+        return in_mlp
+    after = rows * _after_bytes_token(shape, layout, rows < layout.tokens_per_gpu)
+    copies = kv_copies(shape, layout.sequence)
+    # Gradients of queries, keys and values, and of the largest one copy that goes and one that comes.
+    exchanged = 3 * shape.query_size if layout.sequence > 1 else 2 * shape.query_size
+    in_attention = layout.tokens_per_gpu * element * (exchanged + 2 * copies * shape.kv_size)
+    return max(in_mlp, in_attention + rows * element * hidden - after)

@@ -67,8 +67,18 @@ class Layout:
 
     @property
     def tokens_per_micro_batch(self) -> int:
-        """Tokens that a GPU computes at one time."""
+        """Tokens that a GPU computes at one time, or the GPUs that share them."""
         return self.packs_per_micro_batch * self.max_tokens
+
+    @property
+    def tokens_per_gpu(self) -> int:
+        """Of a micro-batch's tokens, those that one GPU holds: the others of its group hold the rest."""
+        return -(-self.tokens_per_micro_batch // self.sequence)
+
+    @property
+    def spans_machines(self) -> bool:
+        """Whether GPUs of several machines share a pack: groups are made of neighbours in rank."""
+        return self.nodes > 1 and self.gpus_per_node % self.sequence != 0
 
 
 def fields_of(run: Run) -> dict[str, Any]:

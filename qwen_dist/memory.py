@@ -162,7 +162,7 @@ def _total(parts: Parts) -> int:
 
 
 def _with_overhead(layout: Layout, parts: Parts) -> Parts:
-    communicators = 0 if layout.world_size == 1 else 2 if layout.hpz else 1
+    communicators = 0 if layout.world_size == 1 else 1 + layout.hpz + (layout.sequence > 1)
     workspace = CONTEXT_BYTES + CUBLAS_BYTES + communicators * NCCL_BYTES
     values = parts.as_dict() | {"workspace": workspace, "margin": round(FRAGMENTATION * parts.total)}
     return Parts(**values)

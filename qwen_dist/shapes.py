@@ -124,7 +124,12 @@ class ModelShape:
     def layer_weights(self) -> int:
         """Weights of all linear layers that a token meets, without the head."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        return self.num_layers * (attention + 3 * self.hidden_size * self.active_intermediate_size)
+        return self.num_layers * attention + self.mlp_weights
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights of all layers' MLPs that a token meets."""
+        return self.num_layers * 3 * self.hidden_size * self.active_intermediate_size
 
     def linears(self, targets: Sequence[str]) -> list[tuple[int, int]]:
         """(inputs, outputs) of each of a layer's linear modules that `targets` name."""

@@ -9,6 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen_dist.activations import activations_of
+from qwen_dist.comm_time import (
+    LINK_SHARE,
+    collectives_s,
+    exchange_s,
+    exchanged_bytes,
+    trainable_parameters,
+    weight_bytes,
+    weights_gather_s,
+)
 from qwen_dist.hardware import Gpu, Hardware, Measured
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import ModelShape
@@ -18,13 +27,13 @@ from qwen_dist.throughput import StepCost, step_cost
 # backward together, 300 to 400 (FlashAttention-2, Dao 2023: half of the peak on A100, a third on H100).
 MATMUL_SHARE, ATTENTION_SHARE = 0.62, 0.35
 MEMORY_SHARE = 0.8  # of a GPU's memory bandwidth, reached by kernels that only read and write
-LINK_SHARE = 0.75  # of a link's rate, reached by NCCL in collectives of a hundred megabytes, and by copies over PCIe
 OVERLAP = 0.8  # of a collective that runs beside the computation, where there is enough of it
 # bf16 and fp32 bytes that a layer's norms, rotations and activations read and write in forward, by width.
 HIDDEN_BYTES, HEADS_BYTES, MLP_BYTES = 40, 24, 12
 # Python and CUDA take so long to start a layer's kernels, forward and backward; adapters add half, ZeRO-3's hooks as
 # much again. It matters only where the GPU is quicker than that: small models, short packs.
 LAUNCH_S = 0.8e-3
+TILE_LAUNCH_S = 0.25e-3  # of them for an MLP's three products and activation, forward, forward again and backward
 # AdamW reads the gradient, master weight and two moments in fp32, and writes three of them and the bf16 weight.
 ADAM_BYTES = 16 + 14
 HOST_ADAM_BYTES_S = 100e9  # of memory traffic by all cores of a machine with two sockets
@@ -36,7 +45,7 @@ class Work:
     """What one optimizer step of a run has to do.
 
     Attributes:
-        accumulation: micro-batches of each process.
+        accumulation: micro-batches of each process, or of the group that shares them.
         pack_tokens: tokens in an average pack.
         sample_tokens: tokens that a token's sample has on average; attention goes no further.
         supervised_share: of the tokens, those that are trained: only they go through the head.
@@ -54,7 +63,8 @@ class StepTime:
 
     Attributes:
         compute_s: the GPU computes, or waits for its kernels to be started.
-        communication_s: of collectives, what the computation does not hide.
+        communication_s: of collectives, what the computation does not hide; of GPUs that share packs, all of what
+            their attention exchanges.
         optimizer_s: the update of the weights, on the GPU or on the host.
         offload_s: transfers between the GPU and host memory or a disk, not hidden.
         tokens: of all processes.
@@ -103,17 +113,17 @@ def step_time(
     gpu = hardware.gpu
     if gpu is None:
         return _cpu_step_time(shape, layout, work, measured)
-    tokens = layout.packs_per_micro_batch * work.pack_tokens
+    tokens = _tokens_per_gpu(layout, work)
     micro_s = _micro_batch_s(shape, layout, gpu, work, measured)
-    collectives_s = _collectives_s(shape, layout, hardware)
+    gathers_s = collectives_s(shape, layout, hardware)
     transfers_s = _transfers_s(shape, layout, gpu)
-    exposed_s = collectives_s - OVERLAP * min(collectives_s, micro_s)
+    exposed_s = gathers_s - OVERLAP * min(gathers_s, micro_s)
     exposed_transfers_s = transfers_s - OVERLAP * min(transfers_s, micro_s)
-    gather_s = _weights_gather_s(shape, layout, hardware)
+    gather_s = weights_gather_s(shape, layout, hardware)
     all_tokens = tokens * work.accumulation * layout.world_size
     return StepTime(
         compute_s=work.accumulation * micro_s,
-        communication_s=work.accumulation * exposed_s + gather_s,
+        communication_s=work.accumulation * (exposed_s + exchange_s(shape, layout, hardware, tokens)) + gather_s,
         optimizer_s=_optimizer_s(shape, layout, gpu),
         offload_s=work.accumulation * exposed_transfers_s,
         tokens=all_tokens,
@@ -126,8 +136,8 @@ def step_time(
 def _cpu_step_time(shape: ModelShape, layout: Layout, work: Work, measured: Measured | None) -> StepTime:
     """Of CPU processes: what they compute, at the rate of a probe, and the update in host memory."""
     assert measured is not None, "the time of a step on CPU is not modelled, only measured"
-    tokens = work.accumulation * layout.packs_per_micro_batch * work.pack_tokens
-    cost = step_cost(shape, layout.method, layout.layers_twice / shape.num_layers)
+    tokens = work.accumulation * _tokens_per_gpu(layout, work)
+    cost = cost_of_layout(shape, layout)
     all_tokens = tokens * layout.world_size
     return StepTime(
         compute_s=token_flops(cost, work) * tokens / measured.flops_rate,
@@ -141,24 +151,29 @@ def _cpu_step_time(shape: ModelShape, layout: Layout, work: Work, measured: Meas
     )
 
 
+def _tokens_per_gpu(layout: Layout, work: Work) -> float:
+    """Tokens of an average micro-batch that one GPU computes."""
+    return layout.packs_per_micro_batch * work.pack_tokens / layout.sequence
+
+
+def cost_of_layout(shape: ModelShape, layout: Layout) -> StepCost:
+    """FLOP of forward and backward, with what a layout computes twice. GPUs that share a pack share its pairs, too."""
+    is_tiled = layout.mlp_tile_tokens is not None
+    return step_cost(shape, layout.method, layout.layers_twice / shape.num_layers, is_tiled)
+
+
 def token_flops(cost: StepCost, work: Work) -> float:
     """FLOP of an average token."""
     return cost.linear_token + cost.head_token * work.supervised_share + cost.attention_pair * work.sample_tokens
 
 
-def trainable_parameters(shape: ModelShape, layout: Layout) -> int:
-    """Parameters that the optimizer updates."""
-    return shape.num_parameters if layout.method == "full" else shape.lora_parameters(layout.rank, layout.targets)
-
-
 def _micro_batch_s(shape: ModelShape, layout: Layout, gpu: Gpu, work: Work, measured: Measured | None) -> float:
     """Seconds of forward and backward of one micro-batch."""
-    tokens = layout.packs_per_micro_batch * work.pack_tokens
-    cost = step_cost(shape, layout.method, layout.layers_twice / shape.num_layers)
+    tokens, cost = _tokens_per_gpu(layout, work), cost_of_layout(shape, layout)
     if measured is not None:
         return token_flops(cost, work) * tokens / measured.flops_rate
     busy_s = _products_s(shape, layout, gpu, work, cost) * tokens + _traffic_s(shape, layout, gpu, tokens)
-    return max(busy_s, _launch_s(shape, layout))
+    return max(busy_s, _launch_s(shape, layout, tokens))
 
 
 def _products_s(shape: ModelShape, layout: Layout, gpu: Gpu, work: Work, cost: StepCost) -> float:
@@ -172,71 +187,30 @@ def _products_s(shape: ModelShape, layout: Layout, gpu: Gpu, work: Work, cost: S
 
 def _traffic_s(shape: ModelShape, layout: Layout, gpu: Gpu, tokens: float) -> float:
     """Seconds of a micro-batch for kernels that only move bytes in the GPU's own memory."""
-    recompute = layout.recomputed_layers / shape.num_layers
-    widths = HIDDEN_BYTES * shape.hidden_size + MLP_BYTES * shape.active_intermediate_size
-    widths += HEADS_BYTES * (shape.query_size + shape.kv_size)
-    activations = (3 + recompute) * shape.num_layers * widths * tokens
+    recompute, is_tiled = layout.recomputed_layers / shape.num_layers, layout.mlp_tile_tokens is not None
+    mlp = MLP_BYTES * shape.active_intermediate_size
+    widths = HIDDEN_BYTES * shape.hidden_size + HEADS_BYTES * (shape.query_size + shape.kv_size)
+    activations = ((3 + recompute) * (widths + mlp) + is_tiled * mlp) * shape.num_layers * tokens
+    # What GPUs exchange is put in order before and after, each time read and written.
+    activations += 4 * exchanged_bytes(shape, layout, tokens)
     # A gradient is copied to its bucket, and a share of the sum added to what is there, in fp32.
     gradients = trainable_parameters(shape, layout) * (4 + 10 / layout.world_size)
+    if layout.method == "full" and layout.mlp_tile_tokens:  # each tile's is added to that of those before
+        gradients += 3 * 2 * shape.mlp_weights * (-(-tokens // layout.mlp_tile_tokens) - 1)
     # ZeRO-3 writes and reads each weight that it gathers, once in forward, once in backward.
-    gathered = 2 * 2 * _weight_bytes(shape, layout) if layout.stage == 3 else 0.0
+    gathered = 2 * 2 * weight_bytes(shape, layout) if layout.stage == 3 else 0.0
     # NF4 is read, and bf16 written and read, for each product with the base.
     unpacked = (2 + recompute) * 4.5 * shape.linear_parameters if layout.method == "qlora" else 0.0
     return (activations + gradients + gathered + unpacked) / (MEMORY_SHARE * gpu.memory_bytes_s)
 
 
-def _launch_s(shape: ModelShape, layout: Layout) -> float:
+def _launch_s(shape: ModelShape, layout: Layout, tokens: float) -> float:
     """Seconds in which a micro-batch's kernels are started."""
     adapters = 0.0 if layout.method == "full" else 0.5
     hooks = 1.0 if layout.stage == 3 else 0.0
     recomputed = layout.recomputed_layers / shape.num_layers / 3
-    return shape.num_layers * LAUNCH_S * (1 + adapters + hooks + recomputed)
-
-
-def _weight_bytes(shape: ModelShape, layout: Layout) -> float:
-    """Bytes of all weights as the forward pass reads them."""
-    if layout.method == "qlora":
-        return 2 * (shape.num_parameters - shape.linear_parameters) + 0.53 * shape.linear_parameters
-    return (2 if layout.precision == "bf16" else 4) * shape.num_parameters
-
-
-def _ring_s(num_bytes: float, world_size: int, bytes_s: float) -> float:
-    """Seconds of an all-gather or reduce-scatter that leaves or takes `num_bytes` on each process."""
-    return num_bytes * (world_size - 1) / world_size / (LINK_SHARE * bytes_s)
-
-
-def _slowest_link(layout: Layout, hardware: Hardware) -> float:
-    """Bytes/s of a ring over all processes: it leaves each machine through all of its network ports together."""
-    assert hardware.gpu is not None
-    link = hardware.gpu.link_bytes_s
-    return link if layout.nodes == 1 else min(link, hardware.network_bytes_s)
-
-
-def _collectives_s(shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
-    """Seconds of a micro-batch's collectives.
-
-    ZeRO-2 reduces gradients in each backward (DeepSpeed 0.19.8 shards what it accumulates). ZeRO-3 gathers weights in
-    forward and in backward besides; hpZ gathers those of backward within the node.
-    """
-    assert hardware.gpu is not None
-    width = 2 if layout.precision == "bf16" else 4
-    link = _slowest_link(layout, hardware)
-    seconds = _ring_s(width * trainable_parameters(shape, layout), layout.world_size, link)
-    if layout.stage == 3:
-        weights = _weight_bytes(shape, layout)
-        seconds += _ring_s(weights, layout.world_size, link)
-        in_node = _ring_s(weights, layout.gpus_per_node, hardware.gpu.link_bytes_s)
-        seconds += in_node if layout.hpz else _ring_s(weights, layout.world_size, link)
-    return seconds
-
-
-def _weights_gather_s(shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
-    """Seconds of ZeRO-2's all-gather after the update, which nothing runs beside."""
-    if layout.stage == 3:
-        return 0.0
-    width = 2 if layout.precision == "bf16" else 4
-    num_bytes = width * trainable_parameters(shape, layout)
-    return _ring_s(num_bytes, layout.world_size, _slowest_link(layout, hardware))
+    tiles_s = -(-tokens // layout.mlp_tile_tokens) * TILE_LAUNCH_S if layout.mlp_tile_tokens else 0.0
+    return shape.num_layers * (LAUNCH_S + tiles_s) * (1 + adapters + hooks + recomputed)
 
 
 def _transfers_s(shape: ModelShape, layout: Layout, gpu: Gpu) -> float:
@@ -251,7 +225,7 @@ def _transfers_s(shape: ModelShape, layout: Layout, gpu: Gpu) -> float:
     gradients = activations + 4 * trainable_parameters(shape, layout) / layout.world_size / host_bytes_s
     if layout.offload == "optimizer":
         return gradients
-    weights = 2 * _weight_bytes(shape, layout)
+    weights = 2 * weight_bytes(shape, layout)
     in_s = weights / layout.world_size / host_bytes_s
     from_disk_s = weights / layout.nodes / NVME_BYTES_S if layout.on_nvme else 0.0
     return gradients + max(in_s, from_disk_s)

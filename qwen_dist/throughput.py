@@ -31,18 +31,19 @@ def forward_cost(shape: ModelShape) -> StepCost:
     )
 
 
-def step_cost(shape: ModelShape, method: str, recompute: float) -> StepCost:
+def step_cost(shape: ModelShape, method: str, recompute: float, is_tiled: bool = False) -> StepCost:
     """FLOP of forward and backward.
 
     Args:
         method: full; anything else trains adapters, whose own products (1 to 3 % of the base) are left out, and
             computes no gradient of the base's weights.
         recompute: share of the layers that run forward again in backward; the head never does.
+        is_tiled: the MLP of each layer runs forward again, a tile at a time (`model.mlp_tile_tokens`).
     """
     forward = forward_cost(shape)
     weights = 3 if method == "full" else 2
     return StepCost(
-        linear_token=(weights + recompute) * forward.linear_token,
+        linear_token=(weights + recompute) * forward.linear_token + (2.0 * shape.mlp_weights if is_tiled else 0.0),
         head_token=weights * forward.head_token,
         attention_pair=(3 + recompute) * forward.attention_pair,
     )
@@ -56,4 +57,5 @@ def cost_of(run: Run) -> StepCost:
     """
     shape = model_shape(run.model.path)
     recomputed = 0 if run.model.recompute == "selective" else run.num_recomputed(shape.num_layers)
-    return step_cost(shape, run.method.kind, recomputed / shape.num_layers)
+    is_tiled = run.model.mlp_tile_tokens is not None
+    return step_cost(shape, run.method.kind, recomputed / shape.num_layers, is_tiled)

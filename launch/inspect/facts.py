@@ -142,7 +142,9 @@ def packing_facts(packing: dict[str, Any], run: Run) -> Iterator[Fact]:
     an_epoch = f"{packing['steps_per_epoch']:,} an epoch, {counted(packing['packs_per_step'], 'pack')} each"
     yield "steps", an_epoch, f"{packing['steps']:,} in {counted(packing['epochs'], 'epoch')}"
     if balance := packing["balance"]:
-        what = f"slowest of {balance['world_size']:,} ranks {balance['slowest_over_mean']:.3f} × the mean"
+        ranks, sequence = balance["world_size"], balance["sequence"]
+        who = f"{ranks:,} ranks" if sequence == 1 else f"{ranks // sequence:,} groups of {sequence} ranks"
+        what = f"slowest of {who} {balance['slowest_over_mean']:.3f} × the mean"
         yield "balance", what, f"ZeRO-{balance['zero_stage']}"
     if packing["samples_not_used"]:
         yield "not used", counted(packing["samples_not_used"], "sample"), "left to later epochs, or out by the settings"

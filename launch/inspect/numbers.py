@@ -1,6 +1,6 @@
 """The numbers of a run's data, as a machine reads them; `table` shows them to a human.
 
-Shapes: S samples, R rows with samples.
+Shapes: S samples, R rows with samples, G groups of ranks, M micro-batches of a group.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def world_size_of_run(run: Run) -> int:
     """Ranks of the run where it says so, else 8; fewer where a step's packs do not divide over them."""
     per_node = run.cluster.gpus_per_node
     wanted = run.cluster.nodes * per_node if isinstance(per_node, int) else DEFAULT_WORLD_SIZE
-    packs_per_step, at_once = run.batch.packs_per_step, run.packs_per_micro_batch
-    return max((size for size in range(1, wanted + 1) if packs_per_step % (size * at_once) == 0), default=1)
+    packs_per_step, at_once, sequence = run.batch.packs_per_step, run.packs_per_micro_batch, run.parallel.sequence
+    groups = range(1, wanted // sequence + 1)
+    return max((size for size in groups if packs_per_step % (size * at_once) == 0), default=1) * sequence
 
 
 def rows_held_out(train: SplitData, held_out: SplitData) -> np.ndarray:
@@ -167,24 +168,26 @@ def _packing(dataset: Dataset, plan: StepPlan) -> dict[str, Any]:
 
 
 def _balance(run: Run, plan: StepPlan) -> dict[str, Any] | None:
-    """How long the slowest rank computes, against the mean of all.
+    """How long the slowest rank computes, or the slowest group of those that share packs, against the mean of all.
 
     Ranks of ZeRO-3 wait for each other in every layer, so each micro-step takes as long as its costliest pack; those
     of ZeRO-2 once a step.
     """
     from launch.plan.planned import likely_stage
 
-    world_size = world_size_of_run(run)
-    if world_size == 1:
+    world_size, sequence = world_size_of_run(run), run.parallel.sequence
+    groups = world_size // sequence
+    if groups == 1:
         return None
     steps = plan.steps_of(0)
     chosen = sorted({steps[at * len(steps) // BALANCE_STEPS] for at in range(BALANCE_STEPS)})
     slowest, mean, stage = 0.0, 0.0, likely_stage(run, world_size)
     for step in chosen:
-        costs_WM = plan.costs_of(step, world_size)
-        slowest += float(costs_WM.max(axis=0).sum() if stage == 3 else costs_WM.sum(axis=1).max())
-        mean += float(costs_WM.sum()) / world_size
-    return {"world_size": world_size, "zero_stage": stage, "slowest_over_mean": round(slowest / mean, 4)}
+        costs_GM = plan.costs_of(step, groups)
+        slowest += float(costs_GM.max(axis=0).sum() if stage == 3 else costs_GM.sum(axis=1).max())
+        mean += float(costs_GM.sum()) / groups
+    of_ranks = {"world_size": world_size, "sequence": sequence}
+    return {**of_ranks, "zero_stage": stage, "slowest_over_mean": round(slowest / mean, 4)}
 
 
 def _mixture(dataset: Dataset, plan: StepPlan) -> list[dict[str, Any]] | None:

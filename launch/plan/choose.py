@@ -18,7 +18,7 @@ from qwen_dist.memory import CONTEXT_BYTES, CUBLAS_BYTES, Memory, Parts, memory_
 from qwen_dist.shapes import ModelShape
 from qwen_dist.step_time import StepTime, Work, step_time
 
-# A micro-batch of more tokens than this computes no faster: every product is large.
+# A GPU that has more tokens than this of a micro-batch computes no faster: every product is large.
 MAX_MICRO_BATCH_TOKENS = 32_768
 # How much faster a layout must be than a simpler one, since the model of time does not see everything: what else the
 # host and its links do, a second group of processes, and the gathering of a base that LoRA never changes.
@@ -276,9 +276,9 @@ def _micro_batches(question: Question) -> list[int]:
         return [fixed]
     if question.hardware.gpu is None:
         return [1]
-    total, max_tokens = question.packs_per_process, question.run.data.max_tokens
-    return [packs for packs in range(1, total + 1) if total % packs == 0 and _is_useful(packs, max_tokens)]
+    total, pack_tokens = question.packs_per_process, question.run.data.max_tokens / question.run.parallel.sequence
+    return [packs for packs in range(1, total + 1) if total % packs == 0 and _is_useful(packs, pack_tokens)]
 
 
-def _is_useful(packs: int, max_tokens: int) -> bool:
-    return packs == 1 or packs * max_tokens <= MAX_MICRO_BATCH_TOKENS
+def _is_useful(packs: int, pack_tokens: float) -> bool:
+    return packs == 1 or packs * pack_tokens <= MAX_MICRO_BATCH_TOKENS

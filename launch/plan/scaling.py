@@ -68,7 +68,7 @@ def _machines(hardware: Hardware, gpu_counts: Sequence[int]) -> Iterator[Hardwar
 
 def _on(question: Question, total_tokens: int, hardware: Hardware) -> Scaled:
     asked = question.run.batch.packs_per_step
-    at_once = question.run.packs_per_micro_batch * hardware.world_size
+    at_once = question.run.packs_per_micro_batch * max(1, hardware.world_size // question.run.parallel.sequence)
     packs = -(-asked // at_once) * at_once
     batch = question.run.batch.model_copy(update={"packs_per_step": packs})
     there = replace(question, hardware=hardware, run=question.run.model_copy(update={"batch": batch}))

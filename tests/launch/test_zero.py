@@ -97,7 +97,7 @@ def test_batch_arithmetic_of_gpus_that_share_packs() -> None:
     assert "4 processes compute together at a time, as one row of 8,192" in reasons["train_micro_batch_size_per_gpu"]
     assert max(map(len, reasons.values())) < 110
     assert "sequence_parallel_size" not in deepspeed_config(make_run(packs=48), 6)
-    with pytest.raises(UserError, match="parallel.sequence=4 does not divide 6 processes"):
+    with pytest.raises(UserError, match=r"parallel\.sequence=4 does not divide 6 processes"):
         deepspeed_config(run, 6)
 
 
