@@ -114,20 +114,3 @@ def require_quantizable(run: Run, num_experts: int) -> None:
             f"method.kind=qlora: the experts of model.path={run.model.path} are fused tensors, which bitsandbytes "
             "does not quantize; set method.kind=lora."
         )
-
-
-def require_tileable(run: Run, num_experts: int) -> None:
-    """Refuse model.mlp_tile_tokens for experts: transformers computes them as grouped products over all tokens.
-
-    Args:
-        run: the run.
-        num_experts: experts in a layer of its model; 0: a dense one.
-
-    Raises:
-        UserError: there are experts.
-    """
-    if run.model.mlp_tile_tokens is not None and num_experts:
-        raise UserError(
-            f"model.mlp_tile_tokens={run.model.mlp_tile_tokens} does not go with the {num_experts} experts of "
-            f"model.path={run.model.path}, which are computed over all tokens at once; set it to null."
-        )

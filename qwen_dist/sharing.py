@@ -54,6 +54,11 @@ def check_tiles(shape: ModelShape, mlp_tile_tokens: int | None) -> None:
         )
 
 
+def kv_copies(shape: ModelShape, sequence: int) -> int:
+    """How many GPUs of a group hold each key head in attention: more than one where there are fewer heads than GPUs."""
+    return max(1, sequence // shape.num_kv_heads)
+
+
 def _can_share(shape: ModelShape, sequence: int) -> bool:
     has_keys = shape.num_kv_heads % sequence == 0 or sequence % shape.num_kv_heads == 0
     return shape.num_heads % sequence == 0 and has_keys
