@@ -22,10 +22,10 @@ def check_sequence(shape: ModelShape, sequence: int) -> None:
     Raises:
         UserError: names the heads, and the largest number that fits.
     """
-    if _can_share(shape, sequence):
+    if can_share(shape, sequence):
         return
-    fitting = max(number for number in range(1, min(sequence, shape.num_heads) + 1) if _can_share(shape, number))
-    larger = [number for number in range(sequence + 1, shape.num_heads + 1) if _can_share(shape, number)]
+    fitting = max(number for number in range(1, min(sequence, shape.num_heads) + 1) if can_share(shape, number))
+    larger = [number for number in range(sequence + 1, shape.num_heads + 1) if can_share(shape, number)]
     choices = f"{fitting} or {larger[0]}" if larger else f"{fitting}"
     raise UserError(
         f"parallel.sequence={sequence} does not fit the model's {shape.num_heads} attention heads and "
@@ -59,6 +59,7 @@ def kv_copies(shape: ModelShape, sequence: int) -> int:
     return max(1, sequence // shape.num_kv_heads)
 
 
-def _can_share(shape: ModelShape, sequence: int) -> bool:
+def can_share(shape: ModelShape, sequence: int) -> bool:
+    """Whether the model's attention heads can be dealt out over `sequence` GPUs."""
     has_keys = shape.num_kv_heads % sequence == 0 or sequence % shape.num_kv_heads == 0
     return shape.num_heads % sequence == 0 and has_keys
