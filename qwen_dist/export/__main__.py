@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, UserError
 from qwen_dist.log import start_logging
 from qwen_dist.processes import forbid_others_to_write
+from qwen_dist.train.imports import imports_that_stay
 
 
 class Stopped(BaseException):
@@ -30,10 +31,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
 
-    from safetensors import SafetensorError
-    from transformers.utils import logging
+    with imports_that_stay():
+        from safetensors import SafetensorError
+        from transformers.utils import logging
 
-    from qwen_dist.export.export import export
+        from qwen_dist.export.export import export
 
     start_logging(rank=0)
     logging.disable_progress_bar()

@@ -8,6 +8,7 @@ from pathlib import Path
 from qwen_dist.errors import EXIT_USAGE
 from qwen_dist.processes import forbid_others_to_write
 from qwen_dist.train.allocator import let_segments_grow
+from qwen_dist.train.imports import imports_that_stay
 from qwen_dist.train.orphan import end_with_launcher
 from qwen_dist.train.signals import StopRequest
 
@@ -35,7 +36,8 @@ if __name__ == "__main__":
     stop = StopRequest().listen()
     choose_accelerator(Path(arguments[0]))
     let_segments_grow(os.environ)
-    from qwen_dist.train.main import main
-    from qwen_dist.train.world import exit_at_once
+    with imports_that_stay():
+        from qwen_dist.train.main import main
+        from qwen_dist.train.world import exit_at_once
 
     exit_at_once(main(arguments[0], stop))

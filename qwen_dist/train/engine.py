@@ -9,15 +9,19 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 
 from qwen_dist.config import Run
 from qwen_dist.data.batches import MicroBatch
 from qwen_dist.log import get_logger
 from qwen_dist.model_files import check_config
 from qwen_dist.run_dir import RunDir
+from qwen_dist.shapes import shape_of_config
+from qwen_dist.sharing import check_sequence, check_tiles
 from qwen_dist.train.faults import place
 from qwen_dist.train.faults.straggler import ForwardClock
 from qwen_dist.train.gradients import drop_gradients
+from qwen_dist.train.imports import import_muon_uncompiled
 from qwen_dist.train.loss import supervised_positions
 from qwen_dist.train.model.attention import attention_in_force, forward_arguments
 from qwen_dist.train.model.build import build_model, load_model_config
@@ -26,6 +30,7 @@ from qwen_dist.train.model.kernels import kernels_in_force, use_kernels
 from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.packed import implementation_of
 from qwen_dist.train.model.recompute import save_activations
+from qwen_dist.train.model.tiles import tile_mlps
 from qwen_dist.train.optim import LR_FACTOR, make_optimizer
 from qwen_dist.train.world import World
 
@@ -49,10 +54,12 @@ class Engine:
         """Add one micro-batch's share to the step's gradient.
 
         DeepSpeed averages gradients over the ranks (0.19.8), hence the factor world_size; its own division by the
-        accumulation is switched off, since micro-batches do not count equally: their tokens do.
+        accumulation is switched off, since micro-batches do not count equally: their tokens do. Ranks that share a row
+        each give the gradient of what they predict: attention's exchange brings them the others' part of it, and the
+        sum over all ranks is the step's.
 
         Args:
-            batch: this rank's micro-batch.
+            batch: this rank's micro-batch, or its part of one.
             step_weight: sum of the supervised tokens' weights of the whole step, over all ranks and micro-batches.
 
         Returns:
@@ -68,7 +75,9 @@ class Engine:
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """The micro-batch's weighted sum of negative log-likelihoods, to be given to `backward_of`."""
         batch.seed_dropout()
-        nll_sum, nll_N = losses_of(self.ds_engine, batch, self.backend, self.world.device)
+        nll_sum, nll_N = losses_of(
+            self.ds_engine, batch, self.backend, self.world.device, self.world.sequence_group
+        )
         if self._token_losses is not None and batch.num_supervised:
             self._token_losses.append(nll_N)
         return nll_sum
@@ -119,18 +128,23 @@ class Engine:
 
 
 def summed_loss(model: torch.nn.Module, batch: MicroBatch, backend: str, device: torch.device) -> torch.Tensor:
-    """The sum alone of `losses_of`."""
+    """The sum alone of `losses_of`, of a whole row."""
     return losses_of(model, batch, backend, device)[0]
 
 
 def losses_of(
-    model: torch.nn.Module, batch: MicroBatch, backend: str, device: torch.device
+    model: torch.nn.Module,
+    batch: MicroBatch,
+    backend: str,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted sum of the negative log-likelihoods of a micro-batch's supervised tokens, and of each its own.
 
     Args:
         model: a model of `add_losses`, or the DeepSpeed engine around it.
         backend: its attention backend.
+        group: the ranks that share the batch's row, where it is a part of one.
 
     Returns:
         The sum, an fp32 scalar, and fp32 [N] without a gradient.
@@ -139,7 +153,7 @@ def losses_of(
     positions_N, targets_N, weights_N = (
         tensor.to(device, non_blocking=True) for tensor in supervised_positions(batch.labels_1T, batch.weights_1T)
     )
-    arguments = forward_arguments(batch.to(device), backend)
+    arguments = forward_arguments(batch.to(device), backend, group)
     nll_sum, nll_N = model(**arguments, positions_N=positions_N, targets_N=targets_N, weights_N=weights_N)
     return nll_sum, nll_N
 
@@ -169,11 +183,16 @@ def make_model(
     Raises:
         UserError: a model that we do not train, or that does not fit the tokenizer.
     """
-    check_config(load_model_config(run.model).to_dict(), run.model.path, num_token_ids)
+    config = load_model_config(run.model).to_dict()
+    check_config(config, run.model.path, num_token_ids)
+    check_sequence(shape_of_config(config), world.sequence)
+    check_tiles(shape_of_config(config), run.model.mlp_tile_tokens)
     backend, reason = attention_in_force(run.model.attention, world.device.type, run.model.precision)
     model: torch.nn.Module = build_model(run, ds_config, implementation_of(backend), world.device)
     use_kernels(model, run.model, world.device.type)
     model = adapted(model, run, ds_config, world, run_dir)
+    if run.model.mlp_tile_tokens is not None:
+        tile_mlps(model, run.model.mlp_tile_tokens)
     add_losses(model)
     save_activations(model, run, world.device)
     if run.model.compile:
@@ -200,6 +219,7 @@ def adapted(
 def start_engine(run: Run, ds_config: dict[str, Any], world: World, model: torch.nn.Module, backend: str) -> Engine:
     """Hand a model of `make_model` and its optimizer to DeepSpeed."""
     optimizer = make_optimizer(model, run.optim, run.method.lr_ratio_b)
+    import_muon_uncompiled()
     ds_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     ds_engine.train()
     return Engine(ds_engine, backend, world)

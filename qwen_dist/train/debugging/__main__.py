@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qwen_dist.errors import EXIT_DONE, EXIT_RUN_FAILED, RunFailed, UserError
 from qwen_dist.train.allocator import let_segments_grow
+from qwen_dist.train.imports import imports_that_stay
 from qwen_dist.train.orphan import end_with_launcher
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -83,11 +84,13 @@ def _run(options: argparse.Namespace) -> None:
     from qwen_dist.run_dir import RunDir
 
     if options.job == "debug":
-        from qwen_dist.train.debugging.steps import debug
+        with imports_that_stay():
+            from qwen_dist.train.debugging.steps import debug
 
         debug(RunDir(options.run_dir), options.layers, options.as_json)
     else:
-        from qwen_dist.train.debugging.replay import replay
+        with imports_that_stay():
+            from qwen_dist.train.debugging.replay import replay
 
         replay(RunDir(options.run_dir), options.step, options.rank, options.as_json)
 
