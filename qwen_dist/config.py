@@ -16,11 +16,14 @@ from qwen_dist.config_data import Curriculum, Data, Format, Source, SystemMessag
 from qwen_dist.config_fit import unfit
 
 __all__ = [
-    "LINEAR_LAYERS", "Batch", "Checkpoint", "Cluster", "Container", "Curriculum", "Data", "Evaluation", "Faults",
-    "Format", "Length", "Method", "Model", "Optim", "Parallel", "Run", "Section", "Source", "SystemMessage",
-    "SystemText", "TextSplit", "Tracking", "Wandb", "Zero",
+    "LINEAR_LAYERS", "NAME_PATTERN", "Batch", "Checkpoint", "Cluster", "Container", "Curriculum", "Data",
+    "Evaluation", "Faults", "Format", "Length", "Method", "Model", "Optim", "Parallel", "Run", "Section", "Source",
+    "SystemMessage", "SystemText", "TextSplit", "Tracking", "Wandb", "Zero",
 ]  # fmt: skip
 
+# Of a run, and of a stage; the run directory of a stage is <name of the run>/<name of the stage>.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+STAGE_PATTERN = rf"{NAME_PATTERN[:-1]}(/{NAME_PATTERN[1:-1]})?$"
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -195,7 +198,7 @@ class Tracking(Section):
 class Run(Section):
     """A whole run file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
+    name: Annotated[str, Field(pattern=STAGE_PATTERN)] = Field(
         description="Name of the run and of its directory: letters, digits, . _ -"
     )
     output_dir: NonEmpty = Field("runs", description="Where the run directory is made: <output_dir>/<name>")

@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from launch.runfile.paths import resolve_paths
-from launch.runfile.problems import all_keys, misread_booleans, problems_of, section_at
-from launch.runfile.raw_values import RawValues
-from launch.runfile.yaml_nodes import KeyPath, dotted, read_nodes, read_scalar
+from launch.runfile.problems import misread_booleans, problems_of, section_at
+from launch.runfile.raw_values import RawValues, leaves
+from launch.runfile.source import COMMAND_LINE, ENVIRONMENT_PREFIX, Given, given_values
+from launch.runfile.stages import STAGES, as_stage, complain_of_misfits, split_stages
+from launch.runfile.yaml_nodes import KeyPath, dotted, read_nodes
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError, did_you_mean
 
-ENVIRONMENT_PREFIX = "QWEN_DIST_"
+__all__ = ["COMMAND_LINE", "Loaded", "chosen_stages", "load_run", "load_runs", "warnings_of"]
+
 DEFAULT = "default"
 SECRET = re.compile(r"(?i)\b(\w*(?:api_?key|token|secret|passw(?:or)?d))=[^\s$]")
-COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,59 @@ class Loaded:
         sources: dotted key -> "run.yaml:12", "environment QWEN_DIST_OPTIM__LR", "command line" or "default".
         warnings: sentences about settings that have no effect.
         path: the run file.
+        stage: the name of this stage, where the file has stages; `run.name` is <name>/<stage> then.
     """
 
     run: Run
     sources: dict[str, str]
     warnings: list[str]
     path: Path
+    stage: str | None = None
 
 
 def load_run(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    stage: str | None = None,
 ) -> Loaded:
-    """Read and check a run.
+    """Read and check a run: that of a file without stages, or one stage.
+
+    Args:
+        path: the run file.
+        overrides: `key.sub=value` words of the command line; they win.
+        environ: the environment.
+        stage: the name of the stage, where the file has stages.
+
+    Raises:
+        UserError: as `load_runs` does; or the file has stages and none is named, or none of this name.
+    """
+    runs = load_runs(path, overrides, environ)
+    if stage is None and runs[0].stage is not None:
+        names = ", ".join(str(loaded.stage) for loaded in runs)
+        raise UserError(f"{path} has stages ({names}), and this is for one of them: add --stage {runs[0].stage}")
+    return chosen_stages(runs, stage)[0]
+
+
+def chosen_stages(runs: Sequence[Loaded], stage: str | None) -> list[Loaded]:
+    """The one stage of this name; None: all runs.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if stage is None:
+        return list(runs)
+    names = [loaded.stage for loaded in runs if loaded.stage is not None]
+    if stage not in names:
+        there = f"its stages are {', '.join(names)}" if names else "it has no stages: leave --stage out"
+        raise UserError(f"--stage {stage}: {runs[0].path} has no such stage; {there}{did_you_mean(stage, names)}")
+    return [loaded for loaded in runs if loaded.stage == stage]
+
+
+def load_runs(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ
+) -> list[Loaded]:
+    """Read and check a run file: its run, or its stages, each as a run of its own, in their order.
 
     Args:
         path: the run file.
@@ -58,23 +100,54 @@ def load_run(
         UserError: names every problem, each on a line of its own with file and line.
     """
     file = Path(path)
-    values = _read_file(file)
-    for name, text in sorted(environ.items()):
-        if name.startswith(ENVIRONMENT_PREFIX):
-            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
-            _set(values, key, read_scalar(text), f"environment {name}")
-    for word in overrides:
-        name, equals, text = word.partition("=")
-        if not equals or not name:
-            near = "" if equals else did_you_mean(word, all_keys())
-            raise UserError(f"'{word}' is not of the form key=value, as optim.lr=2e-5{near or '.'}")
-        _set(values, name.split("."), read_scalar(text), COMMAND_LINE)
-    _drop_empty_sections(values)
-    _refuse_secrets(values)
-    resolve_paths(values, file.absolute().parent)
-    run = _validate(values)
-    sources = {key: values.places.get(key_path, DEFAULT) for key_path, key in _leaves(run.model_dump())}
-    return Loaded(run, sources, run.settings_without_effect(), file)
+    values, given = _read_file(file), list(given_values(overrides, environ))
+    whole_list = [one for one in given if one.path == (STAGES,)]
+    for one in whole_list:
+        values.put(one.path, one.value, one.place)
+    if STAGES not in values.raw:
+        return [_load_plain(values, given, file)]
+    stages = split_stages(values, [one for one in given if one not in whole_list])
+    if values.problems or values.complaints:
+        raise refusal([values])
+    found = []
+    for number, (name, stage) in enumerate(stages):
+        _prepare(stage, file)
+        as_stage(stage, name, stages[number - 1][0] if number else None)
+        found.append((name, stage, _validated(stage)))
+    valid = [(name, stage, run) for name, stage, run in found if run is not None]
+    if len(valid) == len(found):
+        complain_of_misfits(valid)
+    if len(valid) < len(found) or any(stage.problems or stage.complaints for _, stage, _ in found):
+        raise refusal([stage for _, stage, _ in found])
+    return [_loaded(stage, run, file, name) for name, stage, run in valid]
+
+
+def warnings_of(runs: Sequence[Loaded]) -> list[str]:
+    """Each warning once; one that is not of all stages with the stage's name."""
+    found = []
+    for loaded in runs:
+        for warning in loaded.warnings:
+            is_common = all(warning in other.warnings for other in runs)
+            found.append(warning if is_common else f"stage {loaded.stage}: {warning}")
+    return list(dict.fromkeys(found))
+
+
+def _load_plain(values: RawValues, given: Sequence[Given], file: Path) -> Loaded:
+    """The run of a file without stages."""
+    for one in given:
+        if one.path[0] == STAGES:
+            raise UserError(f"{one.place}: {dotted(one.path)}: {file} has no stages; leave it out.")
+        values.put(one.path, one.value, one.place)
+    _prepare(values, file)
+    run = _validated(values)
+    if run is None or values.problems or values.complaints:
+        raise refusal([values])
+    return _loaded(values, run, file)
+
+
+def _loaded(values: RawValues, run: Run, file: Path, stage: str | None = None) -> Loaded:
+    sources = {key: values.places.get(key_path, DEFAULT) for key_path, key in leaves(run.model_dump())}
+    return Loaded(run, sources, run.settings_without_effect(), file, stage)
 
 
 def _read_file(file: Path) -> RawValues:
@@ -93,52 +166,16 @@ def _read_file(file: Path) -> RawValues:
     return RawValues(str(file), raw, places, problems)
 
 
-def _set(values: RawValues, key: list[str], value: Any, place: str) -> None:
-    """Put one value of the environment or the command line into the raw values."""
-    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key)
-    target: Any = values.raw
-    for depth, part in enumerate(path):
-        if isinstance(target, list) and not (isinstance(part, int) and part <= len(target)):
-            values.problems.append(f"{place}: {dotted(path)}: there is no entry {part}; the next one is {len(target)}")
-            return
-        if not isinstance(target, dict | list):
-            values.problems.append(f"{place}: {dotted(path)}: {dotted(path[:depth])} is a value, not a section")
-            return
-        if isinstance(target, list) and part == len(target):
-            target.append(None)
-        if depth + 1 == len(path):
-            target[part] = value
-        else:
-            inner: Any = target.get(part) if isinstance(target, dict) else target[int(part)]
-            if inner is None:
-                inner = target[part] = [] if isinstance(path[depth + 1], int) else {}
-                values.places[path[: depth + 1]] = place
-            target = inner
-    for inner_path in [known for known in values.places if known[: len(path)] == path]:
-        del values.places[inner_path]
-    for below, _ in _leaves(value, inner_too=True):
-        values.places[path + below] = place
-
-
-def _leaves(value: Any, inner_too: bool = False, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
-    """Key paths below `value` and their dotted form; a list of scalars is one leaf."""
-    is_list_of_sections = isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value)
-    if inner_too or not ((isinstance(value, dict) and value) or is_list_of_sections):
-        yield path, dotted(path)
-    if isinstance(value, dict):
-        children: list[tuple[str | int, Any]] = list(value.items())
-    elif is_list_of_sections or (inner_too and isinstance(value, list)):
-        children = list(enumerate(value))
-    else:
-        return
-    for key, child in children:
-        yield from _leaves(child, inner_too, (*path, key))
-
-
-def _drop_empty_sections(values: RawValues) -> None:
-    """A section whose lines are all commented out reads as null: it is as if it were not there."""
+def _prepare(values: RawValues, file: Path) -> None:
+    """What comes before the check of single values."""
+    # A section whose lines are all commented out reads as null: it is as if it were not there.
     for key in [key for key, value in values.raw.items() if value is None and section_at((key,))]:
         del values.raw[key]
+    if isinstance(name := values.raw.get("name"), str) and "/" in name:
+        rule = "must be letters, digits and . _ - only, and start with a letter or digit"
+        values.complain(("name",), f"{rule}, got {name!r}")  # names with a slash are those of stages
+    _refuse_secrets(values)
+    resolve_paths(values, file.absolute().parent)
 
 
 def _refuse_secrets(values: RawValues) -> None:
@@ -151,8 +188,8 @@ def _refuse_secrets(values: RawValues) -> None:
             values.complain(("cluster", "setup", index), f"holds a secret ({found[1]}), which would be kept; {fix}")
 
 
-def _validate(values: RawValues) -> Run:
-    """The checked run, or every problem at once, in the order of the places."""
+def _validated(values: RawValues) -> Run | None:
+    """The checked run; None where something is wrong with its values, which are complained of."""
     run = None
     try:
         run = Run.model_validate(values.raw)
@@ -163,9 +200,17 @@ def _validate(values: RawValues) -> Run:
         if sentence.startswith("unknown key") and values.place(path).startswith("environment"):
             sentence = _as_variable(path, sentence)
         values.complain(path, sentence)
-    if values.problems or run is None:
-        raise UserError("\n".join(_by_line(values.problems)))
     return run
+
+
+def refusal(runs: Sequence[RawValues]) -> UserError:
+    """The error that tells every problem of a file's runs once, in the order of their places."""
+    told = [problem for values in runs for problem in values.problems]
+    for values in runs:
+        for path, sentence in values.complaints:
+            is_common = all((path, sentence) in other.complaints for other in runs)
+            told.append(values.told(path, sentence, is_common))
+    return UserError("\n".join(_by_line(list(dict.fromkeys(told)))))
 
 
 def _as_variable(path: KeyPath, sentence: str) -> str:
