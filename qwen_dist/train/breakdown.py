@@ -37,17 +37,22 @@ class Breakdown:
         self.names += ["thinking/off", "thinking/on"] if self._has_modes else []
         self.names += ["turn/first", "turn/later"] if self._has_turns else []
 
-    def sums(self, samples_N: np.ndarray, nll: Sequence[torch.Tensor]) -> list[float]:
+    def sums(
+        self, samples_N: np.ndarray, nll: Sequence[torch.Tensor], is_here_N: np.ndarray | None = None
+    ) -> list[float]:
         """Weighted sums of each kind's losses, then each kind's weight; to be summed over ranks.
 
         Args:
             samples_N: numbers of the samples, in the order in which they were computed.
             nll: the loss of each of their trained tokens, in any number of pieces on any device.
+            is_here_N: which of these tokens `nll` is of, where ranks share rows; None: of all.
         """
         if not self.names:
             return []
         kinds_PD, lengths_P, weights_P = self._stretches(samples_N)
         kinds_ND, weights_N = np.repeat(kinds_PD, lengths_P, axis=0), np.repeat(weights_P, lengths_P)
+        if is_here_N is not None:
+            kinds_ND, weights_N = kinds_ND[is_here_N], weights_N[is_here_N]
         nll_N = torch.cat([torch.zeros(0), *(piece.cpu().float() for piece in nll)]).double().numpy()
         num_sorts, num_kinds = kinds_ND.shape[1], len(self.names)
         values = [np.repeat(values_N, num_sorts) for values_N in (nll_N * weights_N, weights_N)]

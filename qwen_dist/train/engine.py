@@ -75,9 +75,7 @@ class Engine:
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """The micro-batch's weighted sum of negative log-likelihoods, to be given to `backward_of`."""
         batch.seed_dropout()
-        nll_sum, nll_N = losses_of(
-            self.ds_engine, batch, self.backend, self.world.device, self.world.sequence_group
-        )
+        nll_sum, nll_N = losses_of(self.ds_engine, batch, self.backend, self.world.device, self.world.sequence_group)
         if self._token_losses is not None and batch.num_supervised:
             self._token_losses.append(nll_N)
         return nll_sum

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qwen_dist.data.batches import build_micro_batch
+from qwen_dist.data.batches import build_micro_batch, is_predicted_here
 from qwen_dist.data.cache.prepare import Prepared
 from qwen_dist.data.order.shard import StepPlan
 from qwen_dist.train.breakdown import Breakdown
@@ -25,11 +25,12 @@ def held_out_loss(
     engine.ds_engine.eval()
     try:
         for step in range(1, plan.num_steps + 1):
-            for samples in plan.packs_of(step, world.rank, world.world_size):
+            for samples in plan.packs_of(step, world.data_rank, world.data_groups):
                 place.at("evaluation")
+                batch = build_micro_batch(held_out, samples, pad_id, part=world.part)
                 with engine.token_losses() as nll:
-                    nll_sum += float(engine.nll_sum(build_micro_batch(held_out, samples, pad_id)))
-                by_kind += breakdown.sums(samples, nll)
+                    nll_sum += float(engine.nll_sum(batch))
+                by_kind += breakdown.sums(samples, nll, is_predicted_here([batch]))
             weight += plan.weight(step)
     finally:
         engine.ds_engine.train()

@@ -22,7 +22,7 @@ class StepInput:
     """What one rank computes in one optimizer step.
 
     Args:
-        batches: its micro-batches.
+        batches: its micro-batches, or its parts of them.
         samples_N: the numbers of the samples in them.
     """
 
@@ -36,9 +36,9 @@ class Feed:
     Args:
         prepared: the tokenized data.
         plan: which samples make up which step.
-        world: this rank reads only its own share.
+        world: this rank reads only its own share; ranks that share rows read the same.
         first_step: the step to begin with, from 1.
-        pad_id: the token that stands in a micro-batch without samples.
+        pad_id: the token that stands in a micro-batch without samples, and after a row that is shared out.
         seed: the run's.
     """
 
@@ -68,7 +68,7 @@ class Feed:
     def _work(self, first_step: int) -> None:
         try:
             for step in range(first_step, self._plan.num_steps + 1):
-                samples = self._plan.packs_of(step, self._world.rank, self._world.world_size)
+                samples = self._plan.packs_of(step, self._world.data_rank, self._world.data_groups)
                 batches = [self._batch(step, of_batch) for of_batch in samples]
                 if self._world.device.type == "cuda":
                     batches = [batch.pin_memory() for batch in batches]
@@ -78,8 +78,8 @@ class Feed:
             self._put(error)
 
     def _batch(self, step: int, samples_N: np.ndarray) -> MicroBatch:
-        dropout_seed = seed_of_dropout(self._seed, step, samples_N)
-        return build_micro_batch(self._prepared, samples_N, self._pad_id, dropout_seed)
+        dropout_seed = seed_of_dropout(self._seed, step, samples_N, self._world.sequence_rank)
+        return build_micro_batch(self._prepared, samples_N, self._pad_id, dropout_seed, self._world.part)
 
     def _put(self, item: StepInput | BaseException) -> bool:
         while not self._closed.is_set():

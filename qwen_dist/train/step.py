@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qwen_dist.data.batches import is_predicted_here
 from qwen_dist.train.faults import place
 from qwen_dist.train.faults.out_of_memory import out_of_memory_told
 from qwen_dist.train.faults.verdict import Numbers
@@ -60,7 +61,7 @@ def train_step(job: Job, feed: Feed, step: int) -> Trained:
         nll_M.append(engine.backward(taken.batches[-1], weight))
 
     place.at("agree")
-    by_kind = job.breakdown.sums(taken.samples_N, nll)
+    by_kind = job.breakdown.sums(taken.samples_N, nll, is_predicted_here(taken.batches))
     told = [float(sum(nll_M)), float(job.stop.asked), float(job.saver.has_written)]
     own_s_W = job.stragglers.own_times_s(data_wait_s, engine.forward_clock.take_s())
     total_nll, num_asked_to_stop, num_written, *sums = engine.world.sum([*told, *own_s_W, *by_kind])

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -27,12 +27,39 @@ NCCL_MONITOR_S = 480.0
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of the run."""
+    """This process among all processes of the run.
+
+    Attributes:
+        sequence: ranks that share each row, `parallel.sequence`.
+        sequence_group: this rank and those that it shares rows with; None where it shares none.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    sequence: int = 1
+    sequence_group: dist.ProcessGroup | None = None
+
+    @property
+    def data_rank(self) -> int:
+        """The group of ranks that this one shares its packs with, from 0; neighbours, so that a group is one node's."""
+        return self.rank // self.sequence
+
+    @property
+    def data_groups(self) -> int:
+        """Groups that compute different packs."""
+        return self.world_size // self.sequence
+
+    @property
+    def sequence_rank(self) -> int:
+        """Which part of each row is this rank's, from 0."""
+        return self.rank % self.sequence
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(part, parts): of each row this rank computes one of so many."""
+        return self.sequence_rank, self.sequence
 
     @property
     def is_main(self) -> bool:
@@ -86,12 +113,13 @@ class World:
         dist.destroy_process_group()
 
 
-def start_world(device: str, hang_timeout_s: float = 0.0) -> World:
+def start_world(device: str, hang_timeout_s: float = 0.0, sequence: int = 1) -> World:
     """Join the process group through DeepSpeed.
 
     Args:
         device: "cuda", "cpu", or "auto" (CUDA where there is one).
         hang_timeout_s: what the watchdog waits for; collectives wait longer.
+        sequence: ranks that share each row; divides the number of processes.
     """
     os.environ.update(rank_environment(dict(os.environ)))
     patience_s = NOT_BEFORE_WATCHDOG * hang_timeout_s
@@ -110,7 +138,15 @@ def start_world(device: str, hang_timeout_s: float = 0.0) -> World:
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=max(COLLECTIVE_TIMEOUT_S, patience_s))
     deepspeed.init_distributed("nccl" if use_cuda else "gloo", timeout=timeout, verbose=False)
-    return World(rank, world_size, local_rank, torch_device)
+    world = World(rank, world_size, local_rank, torch_device)
+    return share_rows(world, sequence, timeout) if sequence > 1 else world
+
+
+def share_rows(world: World, sequence: int, timeout: timedelta | None = None) -> World:
+    """The world with groups of `sequence` neighbours that share rows; all ranks call it together."""
+    firsts = range(0, world.world_size, sequence)
+    groups = [dist.new_group(list(range(first, first + sequence)), timeout=timeout) for first in firsts]
+    return replace(world, sequence=sequence, sequence_group=groups[world.rank // sequence])
 
 
 def exit_at_once(code: int) -> NoReturn:

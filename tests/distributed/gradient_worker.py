@@ -11,6 +11,7 @@ the file `out`. Samples are made from their number alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -42,7 +43,7 @@ from qwen_dist.train.model.build import unwrapped
 from qwen_dist.train.startup import self_test
 from qwen_dist.train.startup.generators import generators_untouched
 from qwen_dist.train.startup.mock_step import compute
-from qwen_dist.train.world import World, exit_at_once, start_world
+from qwen_dist.train.world import World, exit_at_once, share_rows, start_world
 
 VOCAB_SIZE = 64
 
@@ -75,7 +76,7 @@ def one_step(job: dict[str, Any], world: World) -> dict[str, Any]:
     A rank joins as many of its packs into one micro-batch as the config says.
     """
     run, engine = engine_of(job, world)
-    batches, step_weight = batches_of(job, run, world)
+    batches, step_weight = batches_of(job, run, engine.world)
     before = num_collectives()
     with head_gathers(engine) as gathers:
         loss = forward_and_backward(engine, batches, step_weight)
@@ -119,7 +120,8 @@ def tested(job: dict[str, Any], world: World) -> dict[str, Any]:
     before = traces()
     with broken(job["broken"], world):
         try:
-            found = self_test.self_test(run, deepspeed_config(run, world.world_size), world)
+            sharing_world = sharing(world, run.parallel.sequence)
+            found = self_test.self_test(run, deepspeed_config(run, world.world_size), sharing_world)
         except EnvironmentNotReady as error:
             return {"refused": gathered(str(error))}
     return {
@@ -182,7 +184,7 @@ def mocked(job: dict[str, Any], world: World) -> dict[str, Any]:
     for is_mocked in (False, True):
         torch.manual_seed(7)
         run, engine = engine_of(job, world)
-        batches, step_weight = batches_of(job, run, world)
+        batches, step_weight = batches_of(job, run, engine.world)
         if is_mocked:
             with generators_untouched(world.device):
                 compute(engine, max(batches, key=lambda batch: batch.num_tokens), step_weight=1.0)
@@ -202,16 +204,22 @@ def mocked(job: dict[str, Any], world: World) -> dict[str, Any]:
 
 def engine_of(job: dict[str, Any], world: World) -> tuple[Run, Engine]:
     run = Run.model_validate(job["config"])
-    return run, make_engine(run, deepspeed_config(run, world.world_size), world)
+    return run, make_engine(run, deepspeed_config(run, world.world_size), sharing(world, run.parallel.sequence))
+
+
+@functools.cache
+def sharing(world: World, sequence: int) -> World:
+    """The world with groups of so many ranks that share rows."""
+    return share_rows(world, sequence) if sequence > 1 else world
 
 
 def batches_of(job: dict[str, Any], run: Run, world: World) -> tuple[list[MicroBatch], float]:
     """This rank's micro-batches, and the weight of the whole step."""
     packs = [np.array(pack, dtype=np.int64) for pack in job["packs"]]
     samples = NumberedSamples(job["has_weights"])
-    mine, at_once = packs[world.rank :: world.world_size], run.packs_per_micro_batch
+    mine, at_once = packs[world.data_rank :: world.data_groups], run.packs_per_micro_batch
     joined = [np.concatenate(mine[first : first + at_once]) for first in range(0, len(mine), at_once)]
-    batches = [build_micro_batch(samples, of_batch, pad_id=0) for of_batch in joined]
+    batches = [build_micro_batch(samples, of_batch, pad_id=0, part=world.part) for of_batch in joined]
     return batches, sum(samples.weight(int(index)) for pack in packs for index in pack)
 
 

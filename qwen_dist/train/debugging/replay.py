@@ -42,6 +42,7 @@ from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.packed import implementation_of
 from qwen_dist.train.model.recompute import save_activations
+from qwen_dist.train.model.tiles import tile_mlps
 from qwen_dist.train.world import World
 
 
@@ -175,6 +176,8 @@ def build(run: Run, weights: Weights, world: World) -> tuple[torch.nn.Module, st
     base.set_attn_implementation(implementation_of(backend))
     use_kernels(base, run.model, world.device.type)
     base.config.use_cache = False
+    if run.model.mlp_tile_tokens is not None:
+        tile_mlps(model, run.model.mlp_tile_tokens)
     add_losses(model)
     save_activations(model, run, world.device)
     return model.to(world.device).train(), backend, reason

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from qwen_dist.backends import FLASH, Capability, choose_attention, installed_packages
 from qwen_dist.data.batches import MicroBatch
@@ -59,12 +60,17 @@ def import_kernels(backend: str) -> None:
         ) from None
 
 
-def forward_arguments(batch: MicroBatch, backend: str) -> dict[str, Any]:
+def forward_arguments(batch: MicroBatch, backend: str, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
     """Arguments of the model's forward that keep the samples of a pack apart.
 
     Lengths are Python ints or lie on the device already: nothing waits for it. For eager, no attention mask and no
     cache: only then does transformers (5.x) read the sample boundaries from `position_ids`; with its default cache,
     hidden states of one sample move by 4.8 with what stands before it.
+
+    Args:
+        batch: on the device.
+        backend: as `model.attention` names it.
+        group: the ranks that share the batch's row, each with a part of it; None: the row is whole.
     """
     arguments: dict[str, Any] = {
         "input_ids": batch.input_ids_1T,
@@ -73,5 +79,5 @@ def forward_arguments(batch: MicroBatch, backend: str) -> dict[str, Any]:
         "use_cache": False,
     }
     if backend != "eager":
-        arguments["boundaries"] = Boundaries(batch.sample_lengths, batch.cu_seq_lens, batch.max_length)
+        arguments["boundaries"] = Boundaries(batch.sample_lengths, batch.cu_seq_lens, batch.max_length, group)
     return arguments

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -23,6 +24,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 from qwen_dist.backends import FLASH
 from qwen_dist.errors import UserError
+from qwen_dist.train.model.shared import shared
 
 # Of sliding windows: query rows that have a mask at one time.
 WINDOW_ROWS = 512
@@ -40,10 +42,17 @@ class Boundaries:
         lengths: tokens of each sample, Python ints: reading them from a tensor would wait for the device.
         cu_seq_lens: int32 [S+1] on the device, where each sample begins, and T.
         max_length: tokens of the longest sample.
+        group: the ranks that share the row, where it is shared out: each has a part of its tokens.
     """
 
-    def __init__(self, lengths: Sequence[int], cu_seq_lens: torch.Tensor, max_length: int) -> None:
-        self.lengths, self.cu_seq_lens, self.max_length = lengths, cu_seq_lens, max_length
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        cu_seq_lens: torch.Tensor,
+        max_length: int,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.lengths, self.cu_seq_lens, self.max_length, self.group = lengths, cu_seq_lens, max_length, group
 
 
 def implementation_of(backend: str) -> str:
@@ -188,4 +197,4 @@ FUNCTIONS: dict[str, Callable[..., Attended]] = {
     "sdpa": sdpa, "varlen": varlen, **{name: functools.partial(flash, name) for name in FLASH},
 }  # fmt: skip
 for _name, _function in FUNCTIONS.items():
-    AttentionInterface.register(implementation_of(_name), torch.compiler.disable(_function))
+    AttentionInterface.register(implementation_of(_name), torch.compiler.disable(shared(_function)))
