@@ -38,11 +38,12 @@ ORPHAN_GRACE_S = 120.0  # ranks that outlive the runner may save for this long
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended: the exit code, the last step, and a sentence."""
+    """How an attempt ended: the exit code, the last step, a sentence, and whether that step is the run's last one."""
 
     exit_code: int
     step: int
     message: str
+    is_trained: bool = False
 
 
 @dataclass
@@ -88,7 +89,8 @@ def read_outcome(run_dir: RunDir) -> Outcome | None:
     """What the trainer recorded at its end, or None where nothing readable is."""
     try:
         found = json.loads(run_dir.outcome.read_text(encoding="utf-8"))
-        return Outcome(int(found["exit_code"]), int(found["step"]), str(found["message"]))
+        is_trained = bool(found.get("is_trained", False))
+        return Outcome(int(found["exit_code"]), int(found["step"]), str(found["message"]), is_trained)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

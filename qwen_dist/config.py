@@ -176,7 +176,7 @@ class Evaluation(Section):
         None, description="Optimizer steps between evaluations; default: at the end of each epoch"
     )
     max_loss: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="The run fails where its last held-out loss is above this; null: only where it is not finite"
+        None, description="The run fails if its last held-out loss is above this; null: only if it is not finite"
     )
 
 

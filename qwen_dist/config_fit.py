@@ -18,8 +18,8 @@ def unfit(run: Run) -> Iterator[str]:
     yield from _of_memory(run)
     yield from _of_kernels(run)
     yield from _of_long_rows(run)
-    if run.init_from is not None and run.method.init == "pissa":
-        yield "method.init pissa does not go with init_from: adapters start from one of them; remove one"
+    if run.evaluation.max_loss is not None and not run.data.eval:
+        yield "evaluation.max_loss is held against held-out rows, and data.eval has none; add some, or remove it"
     if run.checkpoint.in_background is True and run.zero.nvme_path is not None:
         yield (
             "checkpoint.in_background true does not go with zero.nvme_path: memory has no room for a copy of what lies "

@@ -41,7 +41,7 @@ def train(job: Job, state: State) -> Iterator[State]:
                     continue
             job.saver.commit_written()
             _compare_replicas_if_due(job, state, is_first=False)
-            eval_loss = _evaluate(job, state) if _evaluation_due(job, state.step) else None
+            eval_loss = evaluate(job, state) if _evaluation_due(job, state.step) else None
             _save_if_due(job, state, eval_loss, is_last=is_asked or state.step == job.plan.num_steps)
             yield state
             if is_asked:
@@ -70,7 +70,7 @@ def _evaluation_due(job: Job, step: int) -> bool:
     return step % every_steps == 0 or step == job.plan.num_steps
 
 
-def _evaluate(job: Job, state: State) -> float:
+def evaluate(job: Job, state: State) -> float:
     """The held-out loss, the same on every rank."""
     plan = job.held_out_plan
     assert job.held_out is not None and plan is not None

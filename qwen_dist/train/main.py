@@ -20,20 +20,22 @@ from qwen_dist.config import Run
 from qwen_dist.data.encoding.tokenizer import load_tokenizer
 from qwen_dist.data.order.ledger import Ledger
 from qwen_dist.data.order.shard import plan_evaluation, plan_run
-from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, RankFailed, UserError
+from qwen_dist.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_RUN_FAILED, RankFailed, RunFailed, UserError
 from qwen_dist.lease import Holder, held
 from qwen_dist.log import get_logger, log_to_file, start_logging
 from qwen_dist.report.reporter import Reporter
 from qwen_dist.run_dir import RunDir, write_json
+from qwen_dist.train.begin import require_fitting_start, start_from
 from qwen_dist.train.checkpoint.saver import Saver
 from qwen_dist.train.checkpoint.state import State, read_state
 from qwen_dist.train.checkpoint.states import restore
-from qwen_dist.train.checkpoint.verify import checkpoint_to_start_from, newest_checkpoint
+from qwen_dist.train.checkpoint.verify import newest_checkpoint
 from qwen_dist.train.data import open_or_prepare
 from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.faults import place
 from qwen_dist.train.faults.straggler import Stragglers
 from qwen_dist.train.faults.watchdog import Watchdog, watching
+from qwen_dist.train.final import gate_of
 from qwen_dist.train.job import Job
 from qwen_dist.train.loop import train
 from qwen_dist.train.orphan import kill_children
@@ -77,7 +79,7 @@ def end_for(holder: Holder) -> NoReturn:
 
 def attempt(run_dir: RunDir, rank: int, stop: StopRequest) -> int:
     """Run one attempt and tell how it ended; returns the exit code, which outcome.json has as well."""
-    progress = {"attempt": 0, "step": 0}
+    progress = {"attempt": 0, "step": 0, "is_trained": False}
 
     def record(code: int, message: str, is_told: bool) -> None:
         """Rank 0 writes the outcome; of an error that it does not know, or a stop, the rank that does."""
@@ -159,11 +161,15 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], wa
     Args:
         run_dir: holds run.json and ds_config.json.
         stop: asked, training ends after the step at hand.
-        progress: "attempt" and "step" are kept up to date here, for the outcome of a failed attempt too.
+        progress: "attempt", "step" and "is_trained" (the last step is made) are kept up to date here, for the
+            outcome of a failed attempt too.
         watchdog: is started here, as soon as the ranks know each other.
 
     Returns:
         The last state, and the number of steps of the whole run.
+
+    Raises:
+        RunFailed: the last held-out loss is not what it must be.
     """
     record = json.loads(run_dir.run_json.read_text(encoding="utf-8"))
     run = Run.model_validate(record["config"])
@@ -185,6 +191,7 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], wa
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
     if run.faults.self_test:
         self_test(run, ds_config, world)
+    require_fitting_start(run, run_dir, world)
     engine = make_engine(run, ds_config, world, tokenizer.num_ids, run_dir)
     start = state = start_or_resume(engine, run_dir, run, data.fingerprint)
     progress["step"] = state.step
@@ -210,6 +217,8 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], wa
         stop.at_once(None)
         for state in train(job, start):
             progress["step"] = state.step
+        progress["is_trained"] = state.step == plan.num_steps
+        problem = gate_of(job, state)
     finally:
         place.at(place.END)
         job.ledger.close()
@@ -217,6 +226,8 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], wa
             reporter.close()
     # DeepSpeed's launcher ends every rank 30 s after the first that leaves with 75: rank 0 may still talk to W&B.
     world.leave()
+    if problem is not None:
+        raise RunFailed(problem)
     return state, plan.num_steps
 
 
@@ -235,34 +246,6 @@ def check_world_size(ds_config: dict[str, Any], world_size: int, run_dir: RunDir
         )
 
 
-def start_from(engine: Engine, run: Run, path: Path) -> None:
-    """Give the engine the weights that another run has trained; its optimizer stays new.
-
-    Raises:
-        UserError: that run trained something else, or has no whole checkpoint.
-    """
-    folder = checkpoint_to_start_from(path, engine.world)
-    saved = read_state(folder)
-    if (saved.method == "full") != (run.method.kind == "full"):
-        raise UserError(
-            f"init_from={folder} was trained with method.kind={saved.method}, this run has {run.method.kind}; "
-            "export that run, and set model.path to the export."
-        )
-    if run.method.has_adapters and (base := base_of(folder)) not in (None, run.model.path):
-        raise UserError(f"init_from={folder} holds adapters of {base}, this run has model.path={run.model.path}.")
-    restore(engine, folder, masters_only=True)
-    get_logger().info("starting with the weights of %s", folder)
-
-
-def base_of(folder: Path) -> str | None:
-    """The model that a checkpoint's adapters lie beside; None where its run directory does not tell."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(
-            json.loads(RunDir(folder.parents[1]).run_json.read_text(encoding="utf-8"))["config"]["model"]["path"]
-        )
-    return None
-
-
 def start_or_resume(engine: Engine, run_dir: RunDir, run: Run, data_fingerprint: str) -> State:
     """The state to train from: of the newest whole checkpoint, with the engine put back to it, or a new one.
 
@@ -275,7 +258,7 @@ def start_or_resume(engine: Engine, run_dir: RunDir, run: Run, data_fingerprint:
     folder = newest_checkpoint(run_dir, engine.world)
     if folder is None:
         if run.init_from is not None:
-            start_from(engine, run, Path(run.init_from))
+            start_from(engine, run, run_dir, Path(run.init_from))
         return fresh
     saved = read_state(folder)
     for name in ("method", "data_fingerprint"):
