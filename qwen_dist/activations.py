@@ -22,7 +22,7 @@ LOGITS_BYTES, SOFTMAX_BYTES = 640_000_000, 160_000_000
 # A sum in bf16 is rounded with every chunk: after 16 of them it is off by 0.4 %, where one rounding of a product of all
 # rows costs 0.2 %. Of more, the head's gradient is summed in fp32.
 MAX_ROUNDED_SUMS = 16
-FP32 = 4
+FP32, INDEX = 4, 8
 # Of offloaded activations: layers whose own stay on the device, or are there at a time; and the size in which host
 # memory is page-locked for them. A power of two: torch rounds up to one (ATen/core/CachingHostAllocator.h, 2.13).
 LAYERS_ON_DEVICE, OFFLOAD_CHUNK_BYTES = 2, 256 * 2**20
@@ -101,7 +101,8 @@ def _on_device(shape: ModelShape, layout: Layout, trained: int) -> Activations:
         products, again = product_bytes(shape, layout)
         last_products, last_again = product_bytes(shape, layout, trained)
         checkpoint, last_checkpoint = checkpoint + products, last_checkpoint + last_products
-    around = trained * norm_bytes + tokens * _around_bytes_token(shape, layout)
+    rope = tokens * 2 * element * shape.head_dim
+    around = trained * norm_bytes + rope + INDEX * tokens  # the final norm, rotary angles, token ids
     if layout.attention == "eager":
         around += element * tokens * tokens  # its mask
     is_last_kept = recomputed < shape.num_layers
@@ -115,7 +116,6 @@ def _on_device(shape: ModelShape, layout: Layout, trained: int) -> Activations:
     working, last_working = (_working_bytes(shape, layout, rows) for rows in (tokens, trained))
     # Of the last layer, then of the one before it, when what the last one kept is gone.
     backward = max(final_norm, kept + last_working - trained * norm_bytes)
-    rope = tokens * _rope_bytes_token(shape, layout)
     if recomputed < shape.num_layers - 1:
         backward = max(backward, kept - last - trained * norm_bytes + working)
     if layout.attention == "eager":  # the gradient of the scores, rounded and in fp32
@@ -263,21 +263,12 @@ def _experts_bytes_token(shape: ModelShape, layout: Layout) -> int:
     each = 3 * shape.expert_size + hidden
     if layout.method == "full":
         each += shape.expert_size + hidden
-    return element * visited * (each + 1) + 4 * 8 * visited + FP32 * shape.num_experts
+    return element * visited * (each + 1) + 4 * INDEX * visited + FP32 * shape.num_experts
 
 
 def _keeps_input(layout: Layout, names: tuple[str, ...]) -> bool:
     """Whether a linear layer's input is needed for the gradient of its weight, or of an adapter beside it."""
     return layout.method == "full" or any(name in layout.targets for name in names)
-
-
-def _rope_bytes_token(shape: ModelShape, layout: Layout) -> int:
-    return 2 * element_bytes(layout) * shape.head_dim
-
-
-def _around_bytes_token(shape: ModelShape, layout: Layout) -> int:
-    """Outside of the layers, the final norm apart: rotary angles, token ids."""
-    return _rope_bytes_token(shape, layout) + 8
 
 
 def _norm_working_bytes_token(shape: ModelShape, layout: Layout) -> int:
@@ -291,19 +282,17 @@ def _working_bytes(shape: ModelShape, layout: Layout, rows: int) -> int:
     Args:
         rows: tokens that go through its MLP.
     """
-    element, hidden = element_bytes(layout), shape.hidden_size
+    element, hidden, tile = element_bytes(layout), shape.hidden_size, layout.mlp_tile_tokens
     mlp = element * 2 * shape.active_intermediate_size  # two gradients of width I
-    tile = layout.mlp_tile_tokens
-    if tile is not None:  # what a tile keeps, since it is computed again; and the gradients of all rows
-        of_tile = min(tile, rows) * (_mlp_bytes_token(shape, layout) + mlp)
-        in_mlp = of_tile + rows * element * 2 * hidden
-    else:
-        in_mlp = rows * mlp
-    if tile is None and layout.sequence == 1:
-        return in_mlp
-    after = rows * _after_bytes_token(shape, layout, rows < layout.tokens_per_gpu)
-    copies = kv_copies(shape, layout.sequence)
-    # Gradients of queries, keys and values, and of the largest one copy that goes and one that comes.
-    exchanged = 3 * shape.query_size if layout.sequence > 1 else 2 * shape.query_size
-    in_attention = layout.tokens_per_gpu * element * (exchanged + 2 * copies * shape.kv_size)
-    return max(in_mlp, in_attention + rows * element * hidden - after)
+    if tile is None:
+        return rows * mlp
+    # What a tile keeps, since it is computed again; the sums of the weights' gradients; and the gradients of all rows.
+    of_tile, weights = min(tile, rows) * (_mlp_bytes_token(shape, layout) + mlp), 0
+    if layout.method == "full":
+        num_tiles, weights = -(-rows // tile), element * shape.mlp_weights // shape.num_layers
+        before = 0 if num_tiles == 1 else weights if num_tiles == 2 else 2 * weights  # those of the last tile, too
+        before += weights * (FP32 // element - 1) if num_tiles > MAX_ROUNDED_SUMS else 0
+        of_tile, weights = of_tile + before, before + weights
+    in_mlp = max(of_tile, weights) + rows * element * 2 * hidden
+    in_norm = rows * (_norm_working_bytes_token(shape, layout) - element * hidden)  # the MLP's input is gone
+    return max(in_mlp, in_norm)

@@ -2,18 +2,23 @@
 
 On the meta device a tensor has a shape, a type and a storage of so many bytes, and nothing behind it: models of any
 size are built and differentiated in a second. Attention keeps what flash attention keeps on a GPU: queries, keys,
-values, output, and the log-sum-exp of each head in fp32.
+values, output, and the log-sum-exp of each head in fp32. Of GPUs that share a row there is one, and the others are a
+process group that sends nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -28,7 +33,10 @@ from qwen_dist.train.model.kernels import use_lean
 from qwen_dist.train.model.lora import add_adapters
 from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.offload import HostStore, offload_layers
+from qwen_dist.train.model.packed import Boundaries
 from qwen_dist.train.model.recompute import decoder_layers, least_inner_of, recompute_layers
+from qwen_dist.train.model.shared import shared
+from qwen_dist.train.model.tiles import tile_mlps
 
 
 def _flash_shapes(q_TQD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +69,7 @@ def _flash(
     return _Flash.apply(*flat).unsqueeze(0), None
 
 
-ALL_ATTENTION_FUNCTIONS.register("memory_of_varlen", _flash)
+ALL_ATTENTION_FUNCTIONS.register("memory_of_varlen", shared(_flash))
 ALL_MASK_ATTENTION_FUNCTIONS.register("memory_of_varlen", lambda *_, **__: None)
 
 
@@ -105,6 +113,8 @@ def model_of(shape: ModelShape, layout: Layout) -> torch.nn.Module:
             method = Method(kind="lora", rank=layout.rank, targets=layout.targets, dora=layout.dora)
             model = add_adapters(model, method, 0)
             model.to(dtype)  # as they are beside real weights; peft leaves those beside meta ones as made, in fp32
+        if layout.mlp_tile_tokens is not None:
+            tile_mlps(model, layout.mlp_tile_tokens)
     add_losses(model)
     return model.train()
 
@@ -171,7 +181,7 @@ def count(shape: ModelShape, layout: Layout, num_trained: int) -> Counted:
     """
     model = model_of(shape, layout)
     store = save_activations(model, shape, layout)
-    tokens = layout.tokens_per_micro_batch
+    tokens = layout.tokens_per_gpu
     with torch.device("meta"):
         ids_1T = torch.zeros(1, tokens, dtype=torch.long)
         positions_1T, positions_N = torch.arange(tokens)[None], torch.zeros(num_trained, dtype=torch.long)
@@ -185,12 +195,13 @@ def count(shape: ModelShape, layout: Layout, num_trained: int) -> Counted:
     # dimensions is passed on as it is, and our attention looks at none.
     mask = torch.zeros(1, 1, 1, 1, device="meta")
     allocated = _Allocated(known)
-    with allocated:
+    with _group(layout.sequence) as group, allocated:
         loss, _ = model(
             input_ids=ids_1T,
             position_ids=positions_1T,
             attention_mask=mask,
             use_cache=False,
+            boundaries=Boundaries((), ids_1T, 0, group),
             positions_N=positions_N,
             targets_N=targets_N,
             weights_N=weights_N,
@@ -199,6 +210,21 @@ def count(shape: ModelShape, layout: Layout, num_trained: int) -> Counted:
         forward_peak, allocated.peak = allocated.peak, 0
         loss.backward()
     return Counted(kept_bytes, forward_peak, allocated.peak, offloaded_bytes)
+
+
+@contextlib.contextmanager
+def _group(size: int) -> Iterator[dist.ProcessGroup | None]:
+    """A group of ranks of which only this one is there; what the others would send is not read."""
+    if size == 1:
+        yield None
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    deepspeed.init_distributed("fake", verbose=False)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
 
 
 def _key(tensor: torch.Tensor) -> int:

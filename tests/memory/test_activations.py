@@ -37,6 +37,22 @@ CASES = {
     ),
     "qwen3-14b DoRA": ("qwen3-14b", replace(LORA, dora=True)),
     "qwen3-14b DoRA, all selective": ("qwen3-14b", replace(LORA, dora=True, recomputed_layers=4, is_selective=True)),
+    "qwen3-14b full, 64k on 4 GPUs, all recomputed": (
+        "qwen3-14b", replace(FULL, max_tokens=65536, sequence=4, recomputed_layers=4),
+    ),
+    "qwen3-14b lora, 32k on 2 GPUs, all selective": (
+        "qwen3-14b", replace(LORA, max_tokens=32768, sequence=2, recomputed_layers=4, is_selective=True),
+    ),
+    "qwen2.5-7b lora, 28k on 28 GPUs, 4 key heads": (
+        "qwen2.5-7b", replace(LORA, max_tokens=28672, sequence=28),
+    ),
+    "qwen3-14b full, 32k, tiles": ("qwen3-14b", replace(FULL, max_tokens=32768, mlp_tile_tokens=2048)),
+    "qwen2.5-7b full, 64k on 4 GPUs, many tiles, all recomputed": (
+        "qwen2.5-7b", replace(FULL, max_tokens=65536, sequence=4, mlp_tile_tokens=512, recomputed_layers=4),
+    ),
+    "qwen3-14b lora, 64k on 2 GPUs, tiles, all recomputed": (
+        "qwen3-14b", replace(LORA, max_tokens=65536, sequence=2, mlp_tile_tokens=1024, recomputed_layers=4),
+    ),
     "qwen2.5-14b full": ("qwen2.5-14b", FULL),
     "qwen2.5-14b full, 32k, all recomputed": ("qwen2.5-14b", replace(FULL, max_tokens=32768, recomputed_layers=4)),
     "qwen2.5-14b lora, 32k": ("qwen2.5-14b", replace(LORA, max_tokens=32768)),
@@ -57,7 +73,7 @@ def shortened(name: str) -> ModelShape:
 @pytest.mark.parametrize("case", CASES)
 def test_what_forward_keeps_and_backward_needs(case: str, share: float) -> None:
     name, layout = CASES[case]
-    shape, trained = shortened(name), round(share * layout.tokens_per_micro_batch)
+    shape, trained = shortened(name), round(share * layout.tokens_per_gpu)
     counted, found = count(shape, layout, trained), activations_of(shape, layout, share)
     assert found.kept + found.loss_kept == pytest.approx(counted.kept, rel=0.02)
     # Else a layer's own forward can need more than the loss.
