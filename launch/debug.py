@@ -52,6 +52,7 @@ def asked_to_look(
     path: Path,
     overrides: Sequence[str],
     is_elsewhere: bool,
+    stage: str | None,
     debug: bool,
     layers: int | None,
     replay: bool,
@@ -65,6 +66,7 @@ def asked_to_look(
     Args:
         path: the run file; with `replay` a run directory.
         is_elsewhere: other machines or another run were named, or nothing is to be started.
+        stage: of the run file, the one that was named.
 
     Raises:
         UserError: options that do not go together, or the run cannot be looked at.
@@ -86,14 +88,16 @@ def asked_to_look(
     if is_elsewhere:
         raise UserError("--debug and --replay run here, in one process; remove --dry-run, --hostfile and --init-from.")
     if debug:
-        return _debug(path, overrides, layers, Options(pdb, as_json))
+        return _debug(path, overrides, stage, layers, Options(pdb, as_json))
+    if stage is not None:
+        raise UserError("--stage has no effect with --replay, which takes the stage's run directory; remove it.")
     if step is None:
         raise UserError("--replay needs the step to compute again; add --step K.")
     return replay_step(path, step, rank or 0, Options(pdb, as_json))
 
 
-def _debug(path: Path, overrides: Sequence[str], layers: int | None, options: Options) -> int:
-    loaded = load_run(path, overrides)
+def _debug(path: Path, overrides: Sequence[str], stage: str | None, layers: int | None, options: Options) -> int:
+    loaded = load_run(path, overrides, stage=stage)
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return debug_run(loaded, layers, options)

@@ -39,6 +39,7 @@ def make_record(
         "git": git_state(loaded.path.absolute().parent),
         "data": {**fingerprints, "counts": dict(counts) if counts else before.get("data", {}).get("counts")},
         "wandb_id": wandb_id,
+        "started_from": before.get("started_from"),  # which the trainer fills in
         "created": before.get("created") or datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -33,6 +33,8 @@ from launch.supervise import read_outcome
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
 from qwen_dist.errors import EXIT_DONE, EnvironmentNotReady, UserError
+from qwen_dist.gate import gate_problem
+from qwen_dist.lease import held
 from qwen_dist.model_files import check_config, is_local, read_config, require_quantizable, require_weights
 from qwen_dist.run_dir import RunDir, prepared_dir, write_atomically, write_json
 from qwen_dist.shapes import model_shape
@@ -49,28 +51,41 @@ class Start:
 
     Attributes:
         run_dir: its directory.
-        kind: "new", "resume", or "done" where the last attempt finished it.
+        kind: "new", "resume", "done" where the last attempt finished it, or "failed" where that made the last step, and
+            the held-out loss is not what it must be.
         plan: what it will do.
         files: name in the run directory -> content; text, or a JSON value.
         argv: the command that starts the trainer on this machine; on Slurm the one that submits it; over ssh the
             one of the first machine.
+        problem: of a failed one, why it does not count as done.
         variables: what that command's environment needs besides the inherited one.
         argv_elsewhere: over ssh, the commands of the other machines.
     """
 
     run_dir: RunDir
-    kind: Literal["new", "resume", "done"]
+    kind: Literal["new", "resume", "done", "failed"]
     plan: Plan
     files: dict[str, Any]
     argv: list[str]
     variables: dict[str, str]
     argv_elsewhere: tuple[list[str], ...] = ()
+    problem: str | None = None
 
     @property
     def command(self) -> str:
         """The command as a line for a shell; over ssh, a line for each machine."""
         words = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
         return "\n".join(" ".join([*words, shlex.join(argv)]) for argv in (self.argv, *self.argv_elsewhere))
+
+    def settle(self) -> None:
+        """Record that a trained run is done, where its gate did not hold when it ended, and holds by now."""
+        outcome = read_outcome(self.run_dir)
+        if self.kind == "done" and outcome is not None and outcome.exit_code != EXIT_DONE:
+            with held(self.run_dir.path, lambda line: None, lambda holder: None):
+                self.write()
+                before = json.loads(self.run_dir.outcome.read_text(encoding="utf-8"))
+                told = {"exit_code": EXIT_DONE, "message": f"finished all {outcome.step} steps"}
+                write_json(self.run_dir.outcome, {**before, **told})
 
     def write(self) -> None:
         """Write the files of the run directory, which is there.
@@ -106,7 +121,7 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
     per_node = processes_per_node(loaded.run, len(gpus))
     world_size = world_size_of(loaded.run, per_node)
     run = with_recorded_choice(found, loaded.run, world_size)
-    kind = decide(found, run, run_dir.path, world_size)
+    kind: Literal["new", "resume", "done", "failed"] = decide(found, run, run_dir.path, world_size)
     hardware = hardware_of(run, per_node)
     # What does not fit, and what DeepSpeed cannot do, is refused before the data is tokenized.
     choice = require_choice(question_of(run, hardware))
@@ -134,8 +149,11 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
         run_dir.run_json.name: record,
         run_dir.ds_config.name: deepspeed_config(plan.run, world_size, per_node, plan.shape),
     }
-    is_done = kind == "resume" and _is_finished(run_dir)
-    return Start(run_dir, "done" if is_done else kind, plan, files, argv, variables, tuple(elsewhere))
+    problem = None
+    if kind == "resume" and _is_trained(run_dir):
+        problem = _gate_problem(run, run_dir)
+        kind = "done" if problem is None else "failed"
+    return Start(run_dir, kind, plan, files, argv, variables, tuple(elsewhere), problem)
 
 
 def _as_planned(loaded: Loaded, plan: Plan) -> Loaded:
@@ -205,7 +223,21 @@ def _prepare(run: Run) -> tuple[Prepared, Prepared | None]:
         raise
 
 
-def _is_finished(run_dir: RunDir) -> bool:
+def _is_trained(run_dir: RunDir) -> bool:
     """Whether the last attempt made the run's last step; one that goes on has the same length (`decide`)."""
     outcome = read_outcome(run_dir)
-    return outcome is not None and outcome.exit_code == EXIT_DONE
+    return outcome is not None and (outcome.is_trained or outcome.exit_code == EXIT_DONE)
+
+
+def _gate_problem(run: Run, run_dir: RunDir) -> str | None:
+    """Why a trained run does not count as done, by the held-out loss on record; None: it does.
+
+    Without starting the trainer: `evaluation.max_loss` may have changed since it looked.
+    """
+    from qwen_dist.train.checkpoint.manifest import losses_of
+
+    outcome = read_outcome(run_dir)
+    eval_loss = losses_of(run_dir).get(outcome.step) if outcome is not None and run.data.eval else None
+    if outcome is None or eval_loss is None:
+        return None
+    return gate_problem(outcome.step, eval_loss, run.evaluation.max_loss)

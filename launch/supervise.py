@@ -16,7 +16,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -67,7 +67,11 @@ class Stop:
 
 
 def supervise(
-    argv: Sequence[str], environ: Mapping[str, str], run_dir: RunDir, orphan_grace_s: float = ORPHAN_GRACE_S
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    run_dir: RunDir,
+    orphan_grace_s: float = ORPHAN_GRACE_S,
+    stop: Stop | None = None,
 ) -> Outcome:
     """Run the trainer on this machine to its end.
 
@@ -78,9 +82,10 @@ def supervise(
         environ: the whole environment of that process.
         run_dir: where the outcome is recorded.
         orphan_grace_s: seconds for ranks whose runner is gone.
+        stop: of `stop_signals`, where the caller has them already.
     """
     run_dir.outcome.unlink(missing_ok=True)
-    with stop_signals() as stop:
+    with nullcontext(stop) if stop is not None else stop_signals() as stop:
         code = Ranks(argv, environ).run(stop, orphan_grace_s)
     return outcome_of(run_dir, stop, silence_of(code))
 

@@ -18,6 +18,9 @@ Layout (`<output_dir>/<name>/`):
     export/             the Hugging Face folder
     adapter/            the LoRA adapter alone, for peft
     adapter_start.safetensors   what the adapters of method.init=pissa started with
+
+A run file with stages has such a directory for each, `<output_dir>/<name>/<stage>/`, and beside them stages.json: their
+names in order.
 """
 
 from __future__ import annotations
@@ -115,15 +118,20 @@ class RunDir:
         """Where rank `rank` of attempt number `attempt` says how far it is."""
         return self.attempt_logs(attempt) / f"rank_{rank}.place.json"
 
-    def ledger_file(self, attempt: int, rank: int) -> Path:
+    def ledger_file(self, attempt: int, rank: int, part: int = 0) -> Path:
         """What rank `rank` consumed in attempt number `attempt`, from 1."""
-        return self.ledger / f"attempt_{attempt}_rank_{rank}.bin"
+        return self.ledger / f"attempt_{attempt}_rank_{rank}{f'_part_{part}' if part else ''}.bin"
 
     def num_attempts(self) -> int:
         """Attempts made so far: the highest number, so that deleted logs do not bring one back."""
         names = [path.name for folder in (self.logs, self.ledger) for path in folder.glob("attempt_*")]
         found = [re.match(r"attempt_(\d+)", name) for name in names]
         return max((int(match[1]) for match in found if match), default=0)
+
+
+def stages_file(folder: Path) -> Path:
+    """Where the folder of a run with stages has their names."""
+    return folder / "stages.json"
 
 
 def cache_dir(run: Run) -> Path:

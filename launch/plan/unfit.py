@@ -8,10 +8,14 @@ from dataclasses import replace
 from launch.plan.choose import Option, Question, fits_somehow, gigabytes, needed_bytes, options
 from qwen_dist.config import Batch, Method, Run, Zero
 from qwen_dist.errors import UserError
+from qwen_dist.sharing import can_share
 
 MAX_NODES = 32
 TOKENS_STEP = 256
 MAX_REMEDIES = 3  # that an error names
+# Sizes that are proposed, the mildest first: fewer tokens of an MLP at a time wait longer for their kernels, and more
+# GPUs that share a pack exchange more.
+TILES_TOKENS, SHARING_GPUS = (8192, 2048), (2, 4, 8)
 
 
 def refusal(question: Question) -> str:
@@ -69,6 +73,8 @@ def _remedies(question: Question, nearest: Option) -> Iterator[str]:
         yield f"machines with {gigabytes(nearest.memory.host, up=True)} GB of memory (cluster.host_memory_gb)"
         if run.zero.nvme_path is None and _fits(replace(question, run=_with_disk(free))):
             yield "zero.nvme_path on a local disk"
+    if shared := _shared_packs(question):
+        yield shared
     if tokens := _largest_max_tokens(question):
         yield f"data.max_tokens={tokens}"
     if kind := _smaller_method(question):
@@ -94,6 +100,17 @@ def _freed(run: Run) -> Run:
 
 def _with_disk(run: Run) -> Run:
     return run.model_copy(update={"zero": Zero(nvme_path="/local")})
+
+
+def _long_packs(question: Question) -> Iterator[str]:
+    """What makes full packs fit: the fewest GPUs that share one, the largest tiles of an MLP; else both together."""
+    run = question.run
+    sizes, tiles = _larger_groups(question), _smaller_tiles(question)
+    alone: list[dict[str, int]] = [{SHARED: size} for size in sizes]
+    found = next((changes for changes in alone if _fits_with(question, changes)), None)
+    in_tiles = next((changes for tokens in tiles if _fits_with(question, changes := {TILES: tokens})), None)
+    both = (changes for size in sizes for tokens in tiles if _fits_with(question, changes := {SHARED: size, TILES: tokens}))
+    return
 
 
 def _largest_max_tokens(question: Question) -> int | None:

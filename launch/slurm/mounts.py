@@ -34,7 +34,8 @@ def _folders(run: Run) -> list[str]:
     """Folders that hold the run, its model and its rows; none that lies in another one."""
     models = [path for path in (run.model.path, run.model.tokenizer) if path is not None and is_local(path)]
     rows = [source.path for source in (*run.data.train, *run.data.eval) if os.path.isabs(source.path)]
-    found = {run.output_dir, *(_folder_of(path) for path in (*models, *rows))}
+    other_run = [run.init_from] if run.init_from is not None else []
+    found = {run.output_dir, *other_run, *(_folder_of(path) for path in (*models, *rows))}
     return [folder for folder in sorted(found) if not any(_is_inside(folder, other) for other in found)]
 
 

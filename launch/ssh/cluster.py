@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,12 @@ def look_at_hosts(run: Run, run_dir: RunDir, python: str = sys.executable) -> Cl
 
 
 def run_on_hosts(
-    run: Run, run_dir: RunDir, cluster: Cluster, variables: Mapping[str, str], say: Callable[[str], object]
+    run: Run,
+    run_dir: RunDir,
+    cluster: Cluster,
+    variables: Mapping[str, str],
+    say: Callable[[str], object],
+    stop: Stop | None = None,
 ) -> Outcome:
     """Run the trainer on all machines to its end, and leave nothing on any.
 
@@ -141,11 +146,12 @@ def run_on_hosts(
         cluster: the machines, which have answered.
         variables: what ranks get besides what is exported of this machine's environment.
         say: told in a line what happened to a machine.
+        stop: of `stop_signals`, where the caller has them already.
     """
     run_dir.outcome.unlink(missing_ok=True)
     environ = {**exported(os.environ), **variables}
     agents = []
-    with stop_signals() as stop:
+    with nullcontext(stop) if stop is not None else stop_signals() as stop:
         try:
             for name, argv in zip(cluster.names, node_argvs(run, run_dir, cluster), strict=True):
                 task = {"argv": argv, "environ": environ, "setup": list(run.cluster.setup)}
