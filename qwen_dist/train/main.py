@@ -178,7 +178,7 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], wa
     check_world_size(ds_config, int(rank_environment(environ)["WORLD_SIZE"]), run_dir)
     data = open_or_prepare(run, "train", record["data"]["train"], environ)
     held_out = open_or_prepare(run, "eval", record["data"]["eval"], environ) if record["data"]["eval"] else None
-    world = start_world(run.cluster.device, run.faults.hang_timeout_s)
+    world = start_world(run.cluster.device, run.faults.hang_timeout_s, run.parallel.sequence)
     if world.is_main and record["data"]["counts"] is None:
         record["data"]["counts"] = {"train": data.counts, "eval": held_out.counts if held_out else None}
         write_json(run_dir.run_json, record)
@@ -187,6 +187,7 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], wa
     watchdog.start(run_dir, progress["attempt"], world.rank, world.world_size, run.faults.hang_timeout_s)
     torch.manual_seed(run.seed)
 
+    watchdog.sequence = world.sequence
     watchdog.plan = plan = plan_run(run, data, held_out, count_windows=world.count_together)
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
     if run.faults.self_test:
@@ -207,9 +208,9 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], wa
         pad_id=tokenizer.pad_id,
         stop=stop,
         reporter=reporter,
-        ledger=Ledger(run_dir, progress["attempt"], world.rank, world.world_size),
+        ledger=Ledger(run_dir, progress["attempt"], world.data_rank, world.data_groups, world.sequence_rank),
         saver=Saver(engine, run_dir, run.checkpoint, run.zero.nvme_path is not None, reporter and reporter.saved),
-        stragglers=Stragglers(world.rank, world.share_all(socket.gethostname()), run.zero_stage),
+        stragglers=Stragglers(world.rank, world.share_all(socket.gethostname()), run.zero_stage, world.sequence),
     )
     try:
         if run.faults.mock_step and state.step < plan.num_steps:
@@ -237,8 +238,8 @@ def check_world_size(ds_config: dict[str, Any], world_size: int, run_dir: RunDir
     Raises:
         UserError: says both numbers.
     """
-    packs_per_rank = ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"]
-    planned = ds_config["train_batch_size"] // packs_per_rank
+    packs_per_group = ds_config["train_micro_batch_size_per_gpu"] * ds_config["gradient_accumulation_steps"]
+    planned = ds_config["train_batch_size"] // packs_per_group * ds_config.get("sequence_parallel_size", 1)
     if planned != world_size:
         raise UserError(
             f"{run_dir.path} was written for world size {planned}, and was started with {world_size}; "

@@ -4,6 +4,7 @@ Each rank appends to a file of its own, one for each attempt: `ledger/attempt_<n
 process left half-written is passed over. Steps that were trained again after a crash count as the last attempt trained
 them: its checkpoint is the one that went on. A run that goes back to a checkpoint by itself (faults.on_spike) begins a
 new attempt here as well. A step whose update a fault forbade is recorded as seen, and not trained.
+Of ranks that share packs (parallel.sequence) the first one records, and "rank" is the number of their group.
 Shapes: N sample numbers of one rank in one step.
 """
 
@@ -44,25 +45,42 @@ class Plan(Protocol):
 
 
 class Ledger:
-    """Writes what one rank consumes in one attempt."""
+    """Writes what one rank, or group of ranks that share packs, consumes in one attempt.
 
-    def __init__(self, run_dir: RunDir, attempt: int, rank: int, world_size: int) -> None:
-        self._run_dir, self._rank, self._world_size = run_dir, rank, world_size
-        self._open(attempt)
+    Args:
+        rank: of those that consume different packs.
+        world_size: how many these are.
+        part: of each row that this process has; only the first one records.
+    """
 
-    def _open(self, attempt: int) -> None:
-        path = self._run_dir.ledger_file(attempt, self._rank)
+    def __init__(self, run_dir: RunDir, attempt: int, rank: int, world_size: int, part: int = 0) -> None:
+        self._run_dir, self._rank, self._world_size, self._part = run_dir, rank, world_size, part
+        self._attempt = attempt
+        self._file = self._open() if part == 0 else None
+
+    def _open(self) -> AppendedFile:
+        path = self._run_dir.ledger_file(self._attempt, self._rank, self._part)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = AppendedFile(path, is_new=True)
-        self._file.write(HEADER.pack(MAGIC, attempt, self._rank, self._world_size))
+        file = AppendedFile(path, is_new=True)
+        file.write(HEADER.pack(MAGIC, self._attempt, self._rank, self._world_size))
+        return file
 
     def begin(self, attempt: int) -> None:
         """Go on in the files of another attempt: steps that were recorded come again."""
         self.close()
-        self._open(attempt)
+        self._attempt = attempt
+        self._file = self._open() if self._part == 0 else None
+
+    def leave(self, step: int, samples_N: np.ndarray) -> None:
+        """Say at which samples this process had to end, for a replay: any part of them does."""
+        self._file = self._file or self._open()
+        self.write(step, samples_N, is_trained=False)
+        self.sync()
 
     def write(self, step: int, samples_N: np.ndarray, is_trained: bool = True) -> None:
         """Say that `step` was trained with these samples on this rank, or only seen; after the optimizer's step."""
+        if self._file is None:
+            return
         width = 4 if len(samples_N) == 0 or int(samples_N.max()) < 1 << 32 else 8
         flagged = width if is_trained else width | NOT_TRAINED_BIT
         body = RECORD.pack(step, len(samples_N), flagged) + samples_N.astype(f"<u{width}").tobytes()
@@ -70,10 +88,12 @@ class Ledger:
 
     def sync(self) -> None:
         """On disk for good: before a checkpoint says that these steps are done."""
-        self._file.sync()
+        if self._file is not None:
+            self._file.sync()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from qwen_dist.data.reading.rows import shown
@@ -96,19 +95,20 @@ def advanced(state: State, trained: Trained) -> State:
 
 
 def _why(job: Job, trained: Trained, found: Verdict, broken: list[str]) -> tuple[str, int]:
-    """What is wrong, where, and with which rows; and the first rank to look at. All ranks call it together."""
+    """What is wrong, where, and with which rows; and the rank, or group, to replay. All ranks call it together."""
     step, engine = trained.step, job.engine
     if found.fault == "gradient":
         suspects = suspects_by_gradient(engine, trained.taken.batches, trained.weight, job.plan, step)
         what = f"The gradient of step {step} is not finite, though its loss is ({trained.numbers.loss:.4g})"
         nowhere = "computed once more it was: a GPU or its memory may be at fault"
     else:
-        nll_WM = engine.world.gather(torch.stack(trained.nll_M).double()).cpu().numpy()
-        suspects, nowhere = suspects_by_loss(np.asarray(nll_WM), job.plan, step), ""
+        nll_WM = engine.world.gather(torch.stack(trained.nll_M).double()).cpu()
+        nll_GM = nll_WM.reshape(engine.world.data_groups, engine.world.sequence, -1).sum(1)
+        suspects, nowhere = suspects_by_loss(nll_GM.numpy(), job.plan, step), ""
         what = f"The loss of step {step} is {trained.numbers.loss:.4g}"
         if found.median is not None:
             what += f", {trained.numbers.loss / found.median:.3g} times the usual {found.median:.4g}"
-    where = told(suspects, job.train, len(trained.nll_M)) or nowhere
+    where = told(suspects, job.train, len(trained.nll_M), engine.world.sequence) or nowhere
     weights = f"; weights were not finite before it: {', '.join(broken[:3])}" if broken else ""
     return f"{what}: {where}{weights}.", suspects[0].rank if suspects else 0
 

@@ -68,8 +68,7 @@ def out_of_memory_told(job: Job, step: int, taken: StepInput) -> Iterator[None]:
             raise
         get_logger().debug("out of memory", exc_info=True)
         message = told(job, step, taken, resting, str(error))
-        job.ledger.write(step, taken.samples_N, is_trained=False)  # a replay finds the samples there
-        job.ledger.sync()
+        job.ledger.leave(step, taken.samples_N)
         raise RankFailed(message) from None
 
 
@@ -81,14 +80,15 @@ def told(job: Job, step: int, taken: StepInput, resting: int, error: str) -> str
     if is_batch:
         batch = taken.batches[where.micro_batch]
         samples = counted(len(batch.cu_seq_lens) - 1, "sample")
+        shared = f", shared by {world.sequence} ranks" if world.sequence > 1 else ""
         doing = (
             f"{where.phase} of micro-batch {where.micro_batch + 1} of {len(taken.batches)} "
-            f"({batch.num_tokens:,} tokens in {samples}, the longest {batch.max_length:,})"
+            f"({batch.num_tokens:,} tokens in {samples}, the longest {batch.max_length:,}{shared})"
         )
     held = gpu_facts(job, resting, error) if is_cuda else None
     facts = gpu_words(held) if held is not None else host_words()
     changes = ", or ".join(advice(job.run, num_layers_of(job.engine.ds_engine.module), is_batch))
-    replay = f"qwen-dist train --replay {shown(str(job.run_dir.path))} --step {step} --rank {world.rank}"
+    replay = f"qwen-dist train --replay {shown(str(job.run_dir.path))} --step {step} --rank {world.data_rank}"
     return f"Out of memory in step {step} on rank {world.rank}, {doing}: {facts}. Set {changes}; see it with {replay}."
 
 

@@ -3,7 +3,8 @@
 Under ZeRO-2 ranks meet in backward, not in forward: a rank's own time of a step is its wait for data and its forward
 passes, on a GPU by the GPU's clock. Under ZeRO-3 they meet in every layer of forward too, so that all are as slow as
 the slowest, and neither host nor GPU tells a rank's own work from its waiting. There the wait for data alone is
-compared; a GPU that computes slowly under ZeRO-3 shows in no rank's time.
+compared; a GPU that computes slowly under ZeRO-3 shows in no rank's time. Ranks that share rows meet in every layer's
+attention at any stage, and are compared as under ZeRO-3.
 Shapes: W ranks.
 """
 
@@ -87,10 +88,11 @@ class Stragglers:
         rank: this one.
         hosts_W: each rank's machine.
         zero_stage: under 3 the waits for data are compared, no more.
+        sequence: ranks that share each row; of several the waits for data are compared, no more.
     """
 
-    def __init__(self, rank: int, hosts_W: Sequence[str], zero_stage: int) -> None:
-        self._rank, self._hosts_W, self._is_forward_own = rank, hosts_W, zero_stage < 3
+    def __init__(self, rank: int, hosts_W: Sequence[str], zero_stage: int, sequence: int = 1) -> None:
+        self._rank, self._hosts_W, self._is_forward_own = rank, hosts_W, zero_stage < 3 and sequence == 1
         self._slow: deque[int | None] = deque(maxlen=OF_STEPS)
         self._warned_at: int | None = None
 

@@ -1,7 +1,8 @@
-"""Which micro-batch a step's fault lies in: on which rank, and which rows of the data it holds.
+"""Which micro-batch a step's fault lies in: on which rank or ranks, and which rows of the data it holds.
 
 Looked for only when there is a fault: a usual step keeps its micro-batches' sums on the device, and waits for nothing.
-Shapes: W ranks, M micro-batches of a rank.
+Shapes: W ranks, G groups of S of them that share each micro-batch (S is 1 but for parallel.sequence), M micro-batches
+of a group.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Suspect:
     """A micro-batch.
 
     Attributes:
-        number: from 1, among the rank's own of the step.
+        rank: of the group that computed it.
+        number: from 1, among the group's own of the step.
         what: of its loss or gradient, as "loss nan".
     """
 
@@ -38,21 +40,21 @@ class Suspect:
     what: str
 
 
-def suspects_by_loss(nll_WM: np.ndarray, plan: StepPlan, step: int) -> list[Suspect]:
+def suspects_by_loss(nll_GM: np.ndarray, plan: StepPlan, step: int) -> list[Suspect]:
     """The micro-batches whose loss is not finite; where all are, the one with the highest loss per trained token.
 
     Args:
-        nll_WM: sum of negative log-likelihoods of each micro-batch of each rank, float64.
+        nll_GM: sum of negative log-likelihoods of each micro-batch of each group, float64.
     """
-    samples_WM = [plan.packs_of(step, rank, len(nll_WM)) for rank in range(len(nll_WM))]
-    weight_WM = np.array([[plan.table.weights_of(samples_N).sum() for samples_N in of_rank] for of_rank in samples_WM])
-    loss_WM = nll_WM / np.where(weight_WM == 0, 1.0, weight_WM)
-    is_bad_WM = ~np.isfinite(loss_WM)
-    if not is_bad_WM.any():
-        is_bad_WM.flat[int(loss_WM.argmax())] = True
+    samples_GM = [plan.packs_of(step, rank, len(nll_GM)) for rank in range(len(nll_GM))]
+    weight_GM = np.array([[plan.table.weights_of(samples_N).sum() for samples_N in of_rank] for of_rank in samples_GM])
+    loss_GM = nll_GM / np.where(weight_GM == 0, 1.0, weight_GM)
+    is_bad_GM = ~np.isfinite(loss_GM)
+    if not is_bad_GM.any():
+        is_bad_GM.flat[int(loss_GM.argmax())] = True
     return [
-        Suspect(int(rank), int(at) + 1, samples_WM[rank][at], f"loss {loss_WM[rank, at]:.4g}")
-        for rank, at in np.argwhere(is_bad_WM)
+        Suspect(int(rank), int(at) + 1, samples_GM[rank][at], f"loss {loss_GM[rank, at]:.4g}")
+        for rank, at in np.argwhere(is_bad_GM)
     ]
 
 
@@ -77,12 +79,13 @@ def suspects_by_gradient(
             engine.backward(batch, weight)
         first_M.append(first_bad())
     engine.step(0.0)
-    first_WM = world.gather(torch.tensor(first_M)).tolist()
+    first_GSM = world.gather(torch.tensor(first_M)).reshape(world.data_groups, world.sequence, -1)
+    first_GM = torch.where(first_GSM < 0, len(names), first_GSM).amin(1).tolist()
     return [
-        Suspect(rank, at + 1, plan.packs_of(step, rank, world.world_size)[at], f"first in {names[first]}")
-        for rank, of_rank in enumerate(first_WM)
+        Suspect(rank, at + 1, plan.packs_of(step, rank, world.data_groups)[at], f"first in {names[first]}")
+        for rank, of_rank in enumerate(first_GM)
         for at, first in enumerate(of_rank)
-        if first >= 0
+        if first < len(names)
     ]
 
 
@@ -122,19 +125,32 @@ def nonfinite_weights(engine: Engine) -> list[str]:
     return [name for name, num_bad in zip(parameters, num_bad_K, strict=True) if num_bad]
 
 
-def told(suspects: Sequence[Suspect], data: Prepared, num_micro_batches: int) -> str:
-    """The suspects in words: "micro-batch 2 of 4 on rank 1 (loss nan): chat.jsonl:12 (sample 11)"."""
+def told(suspects: Sequence[Suspect], data: Prepared, num_micro_batches: int, sequence: int = 1) -> str:
+    """The suspects in words: "micro-batch 2 of 4 on rank 1 (loss nan): chat.jsonl:12 (sample 11)".
+
+    Args:
+        suspects: those to tell of.
+        data: that they hold samples of.
+        num_micro_batches: of a group in the step.
+        sequence: ranks of a group.
+    """
     sentences = []
     for suspect in suspects[:MAX_TOLD]:
         rows = [f"{_place(data, int(sample))} (sample {sample})" for sample in suspect.samples_N[:MAX_TOLD]]
         rest = len(suspect.samples_N) - MAX_TOLD
         more = f" and {counted(rest, 'sample')} more" if rest > 0 else ""
+        who = _ranks(suspect.rank, sequence)
         sentences.append(
-            f"micro-batch {suspect.number} of {num_micro_batches} on rank {suspect.rank} ({suspect.what}): "
+            f"micro-batch {suspect.number} of {num_micro_batches} on {who} ({suspect.what}): "
             f"{', '.join(rows) or 'no sample'}{more}"
         )
     rest = len(suspects) - MAX_TOLD
     return "; ".join(sentences) + (f"; and {counted(rest, 'micro-batch')[:-1]}es more" if rest > 1 else "")
+
+
+def _ranks(group: int, sequence: int) -> str:
+    first = group * sequence
+    return f"rank {first}" if sequence == 1 else f"ranks {first} to {first + sequence - 1}"
 
 
 def _place(data: Prepared, sample: int) -> str:

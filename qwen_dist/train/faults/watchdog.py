@@ -54,6 +54,7 @@ class Watchdog:
     """
 
     plan: StepPlan | None = None  # once it is known, the samples of a place are
+    sequence = 1  # ranks that share each row of the plan
 
     def __init__(self, end: Callable[[str | None], object]) -> None:
         self._end = end
@@ -194,7 +195,8 @@ class Watchdog:
         at = seen[rank].place if rank in seen else Place()
         if self.plan is None or not at.step or at.phase == "evaluation":
             return None
-        samples: list[int] = self.plan.packs_of(at.step, rank, self._world_size)[at.micro_batch].tolist()
+        group, groups = rank // self.sequence, self._world_size // self.sequence
+        samples: list[int] = self.plan.packs_of(at.step, group, groups)[at.micro_batch].tolist()
         return samples
 
 

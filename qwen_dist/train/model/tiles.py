@@ -5,9 +5,9 @@ row. In tiles only the input is kept, and the rest is there for one tile at a ti
 
 Not DeepSpeed's TiledMLP (0.19.8), whose mathematics this is: it asks `torch.chunk` for a number of tiles, which may
 give fewer (5 rows in 4 tiles become 3), and then never tells ZeRO that the gradient is whole; it draws other dropout
-masks in backward; it sums weight gradients in bf16 however many tiles there are; and with tiles of its own, each rank
-would hand ZeRO its gradients, or fetch its weights, another number of times. Here a weight's gradient comes out once, as
-of a single MLP, and under ZeRO-3 all weights of an MLP are gathered once around all tiles.
+masks in backward; it sums weight gradients in bf16 however many tiles there are; and it wants one number of tiles on
+all ranks. Here a weight's gradient comes out once, as of an MLP that is not tiled, and under ZeRO-3 all weights of an
+MLP are gathered once around all tiles: each rank has as many as its rows ask for.
 
 Legend: 1 one row, T tokens of it, C tokens of a tile, H hidden size.
 """
@@ -89,7 +89,8 @@ class _Tiled(torch.autograd.Function):
         sums: list[torch.Tensor | None] = [None] * len(trained)
         start = 0
         with ctx.masks.as_they_were() if ctx.masks else contextlib.nullcontext():
-            for tile_1CH, grad_1CH in zip(hidden_1TH.tensor_split(num_tiles, 1), grad_1TH.tensor_split(num_tiles, 1)):
+            tiles = (rows_1TH.tensor_split(num_tiles, 1) for rows_1TH in (hidden_1TH, grad_1TH))
+            for tile_1CH, grad_1CH in zip(*tiles, strict=True):
                 own_1CH = tile_1CH.detach().requires_grad_(has_grad)
                 with torch.enable_grad():
                     out_1CH = ctx.run(own_1CH)

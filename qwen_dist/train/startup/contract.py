@@ -42,6 +42,7 @@ class Setting:
     zero_stage: int
     attention: str
     versions: str
+    sequence: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,11 @@ def _of_gradients(wrong: Sequence[Compared], num_parameters: int, loss_is_wrong:
 
 def _cause(scale: float, setting: Setting) -> str:
     """Which number of the setting the factor is, where it is one."""
-    parts = {"accumulation": setting.accumulation, "the number of processes": setting.world_size}
+    parts = {
+        "accumulation": setting.accumulation,
+        "the number of processes": setting.world_size,
+        "parallel.sequence": setting.sequence,
+    }
     for verb, factor in (("divides by", 1 / scale), ("multiplies by", scale)):
         for name, number in parts.items():
             if number > 1 and abs(factor - number) <= SAME_FACTOR * number:

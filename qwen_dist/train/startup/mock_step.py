@@ -50,7 +50,7 @@ class Largest:
     supervised_share: float
 
 
-def largest_micro_batch(plan: StepPlan, first_step: int, world_size: int, full: int) -> Largest:
+def largest_micro_batch(plan: StepPlan, first_step: int, data_groups: int, full: int) -> Largest:
     """As many tokens as a micro-batch can hold, with the longest sample and the largest share of trained tokens seen.
 
     The whole data is not walked: the steps that come first are a random draw from it. Packs that are never full, as of
@@ -59,14 +59,15 @@ def largest_micro_batch(plan: StepPlan, first_step: int, world_size: int, full: 
     Args:
         plan: of the run.
         first_step: that will be trained.
+        data_groups: groups of ranks that compute different packs.
         full: tokens of a micro-batch of full packs.
     """
     steps = range(first_step, min(first_step + LOOKED_AT, plan.num_steps + 1))
     micro_batches = [
         samples_N
         for step in steps
-        for rank in range(world_size)
-        for samples_N in plan.packs_of(step, rank, world_size)
+        for group in range(data_groups)
+        for samples_N in plan.packs_of(step, group, data_groups)
         if len(samples_N)
     ]
     lengths = [plan.table.lengths_of(samples_N) for samples_N in micro_batches]
@@ -79,12 +80,12 @@ def largest_micro_batch(plan: StepPlan, first_step: int, world_size: int, full: 
     )
 
 
-def mock_batch(largest: Largest, vocab_size: int) -> MicroBatch:
-    """Random tokens in samples of the longest length, and a shorter one where they do not fill it."""
+def mock_batch(largest: Largest, vocab_size: int, part: tuple[int, int] = (0, 1)) -> MicroBatch:
+    """Random tokens in samples of the longest length, and a shorter one where they do not fill it; or a part of it."""
     whole, rest = divmod(largest.tokens, largest.longest)
     lengths = [largest.longest] * whole + ([rest] if rest else [])
     samples = RandomSamples(lengths, largest.supervised_share, vocab_size)
-    return build_micro_batch(samples, np.arange(len(lengths)), pad_id=0)
+    return build_micro_batch(samples, np.arange(len(lengths)), pad_id=0, part=part)
 
 
 def mock_step(job: Job, first_step: int) -> None:
@@ -100,8 +101,8 @@ def mock_step(job: Job, first_step: int) -> None:
     started = time.perf_counter()
     run, engine = job.run, job.engine
     device, full = engine.world.device, run.packs_per_micro_batch * run.data.max_tokens
-    largest = largest_micro_batch(job.plan, first_step, engine.world.world_size, full)
-    batch = mock_batch(largest, unwrapped(engine.ds_engine.module).config.vocab_size)
+    largest = largest_micro_batch(job.plan, first_step, engine.world.data_groups, full)
+    batch = mock_batch(largest, unwrapped(engine.ds_engine.module).config.vocab_size, engine.world.part)
     if device.type == "cuda":
         batch = batch.pin_memory()
     resting = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

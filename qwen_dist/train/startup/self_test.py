@@ -60,6 +60,7 @@ def self_test(run: Run, ds_config: dict[str, Any], world: World) -> Found:
         accumulation=tiny_config["gradient_accumulation_steps"],
         packs_at_once=tiny_config["train_micro_batch_size_per_gpu"],
         world_size=world.world_size,
+        sequence=world.sequence,
         zero_stage=tiny_config["zero_optimization"]["stage"],
         attention=attention,
         versions=", ".join(f"{name} {version(name)}" for name in LIBRARIES),
@@ -80,6 +81,7 @@ def self_test(run: Run, ds_config: dict[str, Any], world: World) -> Found:
 def refusal(told: str, setting: Setting) -> str:
     """The sentence that ends the run."""
     spread = f"accumulation {setting.accumulation}, {counted(setting.packs_at_once, 'pack')} at a time, "
+    spread += f"parallel.sequence {setting.sequence}, " if setting.sequence > 1 else ""
     return (
         f"The gradient self-test failed before training (ZeRO-{setting.zero_stage}, {spread}"
         f"world size {setting.world_size}): {told}; "
@@ -96,9 +98,9 @@ def by_plain_torch(tiny: Run, ds_config: dict[str, Any], world: World) -> tuple[
     model = adapted(model, tiny, None, world)
     fill_zeros(model)
     model = model.float().to(world.device).train()
-    samples, step = TinySamples(), tiny_step(ds_config, world.world_size)
+    samples, step = TinySamples(), tiny_step(ds_config, world.data_groups)
     nll_sum = torch.zeros((), device=world.device)
-    for index in np.concatenate(step[world.rank]).tolist():
+    for index in np.concatenate(step[world.data_rank])[world.sequence_rank :: world.sequence].tolist():
         nll = _nll_alone(model, samples, index, world.device)
         nll.backward()
         nll_sum += nll.detach()
@@ -136,12 +138,13 @@ def by_engine(
 def one_step(engine: Engine, ds_config: dict[str, Any]) -> float:
     """Every micro-batch of this rank forward and backward; the loss of the whole step."""
     world, samples = engine.world, TinySamples()
-    step = tiny_step(ds_config, world.world_size)
+    step = tiny_step(ds_config, world.data_groups)
     weight, nll_sum = _step_weight(step), 0.0
-    for number, samples_N in enumerate(step[world.rank]):
+    for number, samples_N in enumerate(step[world.data_rank]):
         if number:
             engine.end_micro_batch()
-        nll_sum += float(engine.backward(build_micro_batch(samples, samples_N, pad_id=0), weight))
+        batch = build_micro_batch(samples, samples_N, pad_id=0, part=world.part)
+        nll_sum += float(engine.backward(batch, weight))
     return world.sum([nll_sum])[0] / weight
 
 

@@ -21,22 +21,26 @@ LAYERS, HEADS, VOCAB_SIZE, EXPERTS = 2, 2, 256, 4
 MAX_RANK = 8
 MAX_PACKS_AT_ONCE, SAMPLES_PER_PACK = 2, 2
 SHORTEST, LONGEST = 4, 24  # tokens of a sample
+TILE_TOKENS = 8
 
 
-def tiny_config(config: dict[str, Any]) -> dict[str, Any]:
+def tiny_config(config: dict[str, Any], sequence: int = 1) -> dict[str, Any]:
     """The run's config.json with two narrow layers: its class, and heads as wide, so that kernels are the same.
+
+    Ranks that share rows have two heads each; and key heads are dealt out to them, or repeated, as the run's are.
 
     Every token goes to all experts: where a router chose, rounding could choose otherwise. Weights are random with
     the variance that keeps activations near 1, so that attention and MLP matter to every gradient.
     """
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    is_grouped = config.get("num_key_value_heads", config["num_attention_heads"]) < config["num_attention_heads"]
-    hidden = HEADS * head_dim
+    key_heads = config.get("num_key_value_heads", config["num_attention_heads"])
+    is_grouped, are_dealt_out = key_heads < config["num_attention_heads"], key_heads % sequence == 0
+    hidden, heads = HEADS * head_dim, HEADS * sequence
     sizes = {
         "hidden_size": hidden,
         "intermediate_size": hidden + hidden // 2,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": 1 if is_grouped else HEADS,
+        "num_attention_heads": heads,
+        "num_key_value_heads": (sequence if are_dealt_out else 1) if is_grouped else heads,
         "head_dim": head_dim,
         "vocab_size": VOCAB_SIZE,
         "initializer_range": hidden**-0.5,
@@ -65,8 +69,10 @@ def tiny_run(run: Run, config: dict[str, Any], folder: Path) -> Run:
     layers = config["num_hidden_layers"]
     recomputed = run.num_recomputed(layers)
     of_tiny = LAYERS if recomputed == layers else min(1, recomputed)
-    plain = run.model_copy(update={"method": method, "model": run.model.model_copy(update={"compile": False})})
-    return run_of_depth(plain, tiny_config(config), LAYERS, of_tiny, folder)
+    tile_tokens = None if run.model.mlp_tile_tokens is None else min(run.model.mlp_tile_tokens, TILE_TOKENS)
+    model = run.model.model_copy(update={"compile": False, "mlp_tile_tokens": tile_tokens})
+    plain = run.model_copy(update={"method": method, "model": model})
+    return run_of_depth(plain, tiny_config(config, run.parallel.sequence), LAYERS, of_tiny, folder)
 
 
 def tiny_ds_config(ds_config: dict[str, Any], tiny: Run, world_size: int) -> dict[str, Any]:
@@ -83,7 +89,7 @@ def tiny_ds_config(ds_config: dict[str, Any], tiny: Run, world_size: int) -> dic
     is_accumulating = found["gradient_accumulation_steps"] > 1
     accumulation = (3 if world_size == 2 else 2) if is_accumulating else 1
     found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"] = at_once, accumulation
-    found["train_batch_size"] = at_once * accumulation * world_size
+    found["train_batch_size"] = at_once * accumulation * world_size // tiny.parallel.sequence
     found.pop("aio", None)
     shape = model_shape(tiny.model.path)
     largest = max(shape.embedding_parameters, *shape.layer_tensors.values())
@@ -124,17 +130,17 @@ class TinySamples:
         return np.where(labels_T == NOT_TRAINED, 0, values_T).astype(np.float32)
 
 
-def tiny_step(ds_config: dict[str, Any], world_size: int) -> list[list[np.ndarray]]:
-    """The samples of each micro-batch of each rank: [rank][micro-batch] -> numbers.
+def tiny_step(ds_config: dict[str, Any], data_groups: int) -> list[list[np.ndarray]]:
+    """The samples of each micro-batch of each rank, or group of ranks that share rows: [group][micro-batch] -> numbers.
 
-    The last rank's last micro-batch has none, unless it is the only one.
+    The last group's last micro-batch has none, unless it is the only one.
     """
     at_once, accumulation = ds_config["train_micro_batch_size_per_gpu"], ds_config["gradient_accumulation_steps"]
     each = at_once * SAMPLES_PER_PACK
     step = [
         [np.arange(each) + each * (rank * accumulation + number) for number in range(accumulation)]
-        for rank in range(world_size)
+        for rank in range(data_groups)
     ]
-    if world_size * accumulation > 1:
+    if data_groups * accumulation > 1:
         step[-1][-1] = np.zeros(0, dtype=np.int64)
     return step
