@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from launch.plan.choose import Option, Question, fits_somehow, gigabytes, needed_bytes, options
@@ -13,9 +13,9 @@ from qwen_dist.sharing import can_share
 MAX_NODES = 32
 TOKENS_STEP = 256
 MAX_REMEDIES = 3  # that an error names
-# Sizes that are proposed, the mildest first: fewer tokens of an MLP at a time wait longer for their kernels, and more
-# GPUs that share a pack exchange more.
-TILES_TOKENS, SHARING_GPUS = (8192, 2048), (2, 4, 8)
+SHARED, TILED = "parallel.sequence", "model.mlp_tile_tokens"
+# What of them is proposed, the mildest first: more GPUs exchange more, smaller tiles start more kernels.
+GROUP_SIZES, TILE_TOKENS = (2, 4, 8), (8192, 2048)
 
 
 def refusal(question: Question) -> str:
@@ -73,8 +73,7 @@ def _remedies(question: Question, nearest: Option) -> Iterator[str]:
         yield f"machines with {gigabytes(nearest.memory.host, up=True)} GB of memory (cluster.host_memory_gb)"
         if run.zero.nvme_path is None and _fits(replace(question, run=_with_disk(free))):
             yield "zero.nvme_path on a local disk"
-    if shared := _shared_packs(question):
-        yield shared
+    yield from _long_packs(question)
     if tokens := _largest_max_tokens(question):
         yield f"data.max_tokens={tokens}"
     if kind := _smaller_method(question):
@@ -103,14 +102,42 @@ def _with_disk(run: Run) -> Run:
 
 
 def _long_packs(question: Question) -> Iterator[str]:
-    """What makes full packs fit: the fewest GPUs that share one, the largest tiles of an MLP; else both together."""
-    run = question.run
-    sizes, tiles = _larger_groups(question), _smaller_tiles(question)
-    alone: list[dict[str, int]] = [{SHARED: size} for size in sizes]
-    found = next((changes for changes in alone if _fits_with(question, changes)), None)
-    in_tiles = next((changes for tokens in tiles if _fits_with(question, changes := {TILES: tokens})), None)
-    both = (changes for size in sizes for tokens in tiles if _fits_with(question, changes := {SHARED: size, TILES: tokens}))
-    return
+    """What makes full packs fit: the fewest GPUs that share one, or the largest tiles of an MLP; else both together."""
+    sizes, tiles = _group_sizes(question), _tile_sizes(question)
+    shared = _first_that_fits(question, [{SHARED: size} for size in sizes])
+    tiled = _first_that_fits(question, [{TILED: tokens} for tokens in tiles])
+    both = [{SHARED: size, TILED: tokens} for size in sizes for tokens in tiles]
+    for changes in (shared, tiled) if shared or tiled else (_first_that_fits(question, both),):
+        if changes:
+            yield " with ".join(f"{key}={value}" for key, value in changes.items())
+
+
+def _group_sizes(question: Question) -> list[int]:
+    """Numbers of GPUs of one machine that could share a pack, larger than now."""
+    run, per_node = question.run, question.hardware.gpus_per_node
+    if run.model.attention == "eager":
+        return []
+    larger = [size for size in GROUP_SIZES if size > run.parallel.sequence]
+    return [size for size in larger if per_node % size == 0 and can_share(question.shape, size)]
+
+
+def _tile_sizes(question: Question) -> list[int]:
+    """Tokens that an MLP could compute at a time, fewer than now."""
+    model, packs = question.run.model, question.run.data.max_tokens
+    if question.shape.num_experts or model.compile or model.recompute == "selective":
+        return []
+    return [tokens for tokens in TILE_TOKENS if tokens < (model.mlp_tile_tokens or packs)]
+
+
+def _first_that_fits(question: Question, every: Sequence[dict[str, int]]) -> dict[str, int] | None:
+    for changes in every:
+        run = question.run
+        sequence, tile = changes.get(SHARED, run.parallel.sequence), changes.get(TILED, run.model.mlp_tile_tokens)
+        parallel = run.parallel.model_copy(update={"sequence": sequence})
+        model = run.model.model_copy(update={"mlp_tile_tokens": tile})
+        if _fits(replace(question, run=run.model_copy(update={"parallel": parallel, "model": model}))):
+            return changes
+    return None
 
 
 def _largest_max_tokens(question: Question) -> int | None:
