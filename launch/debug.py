@@ -19,7 +19,7 @@ from launch.plan.machine import hardware_of
 from launch.planner import question_of, resolved
 from launch.runfile.load import COMMAND_LINE, Loaded, load_run
 from launch.zero import deepspeed_config
-from qwen_dist.config import Evaluation, Run, Tracking
+from qwen_dist.config import Evaluation, Parallel, Run, Tracking
 from qwen_dist.errors import EXIT_RUN_FAILED, UserError
 from qwen_dist.processes import LAUNCHER_VARIABLE, name_of_this_process
 from qwen_dist.run_dir import RunDir, write_json
@@ -169,6 +169,7 @@ def debugged(run: Run, sources: Mapping[str, str]) -> Run:
         update={
             "data": run.data.model_copy(update={"train": tuple(rows), "eval": ()}),
             "batch": batch,
+            "parallel": Parallel(),
             "length": run.length.model_copy(update={"epochs": steps, "max_steps": steps}),
             "zero": run.zero.model_copy(update={"hpz": False}),
             "cluster": run.cluster.model_copy(update=here),

@@ -22,10 +22,10 @@ from typing import Any
 from launch.hosts import inherited_environment, trainer_environment
 from launch.plan.choose import Question, work_of
 from launch.plan.machine import seen_gpus
-from launch.plan.probe_math import Depth, depths_that_fit, measured_of
+from launch.plan.probe_math import Depth, depths_that_fit, measured_of, own_part
 from launch.zero import deepspeed_config
 from qwen_dist import backends
-from qwen_dist.config import Batch, Run, Zero
+from qwen_dist.config import Batch, Parallel, Run, Zero
 from qwen_dist.errors import EnvironmentNotReady, RunFailed, UserError, counted
 from qwen_dist.hardware import Hardware, Measured, gpu_named
 from qwen_dist.layout import Layout
@@ -125,9 +125,11 @@ def make_spec(question: Question, layout: Layout, offload: str, depths: Sequence
     """What the measuring process is told: one process, nothing sharded, the plan's micro-batches."""
     run = question.run
     # One that is the first of its step, and one that adds to it: there are no others.
-    micro_batches = min(2, work_of(question, layout).accumulation)
+    micro_batches, own = min(2, work_of(question, layout).accumulation), own_part(layout)
     run = run.model_copy(
         update={
+            "parallel": Parallel(),
+            "data": run.data.model_copy(update={"max_tokens": own.max_tokens}),
             "zero": Zero(stage=2, offload=offload, hpz=False),
             "batch": Batch(
                 packs_per_step=micro_batches * layout.packs_per_micro_batch,
@@ -140,8 +142,8 @@ def make_spec(question: Question, layout: Layout, offload: str, depths: Sequence
         "ds_config": deepspeed_config(run, 1, 1, question.shape),
         "depths": depths,
         "micro_batches": micro_batches,
-        "tokens": layout.tokens_per_micro_batch,
-        "sample_tokens": max(2, min(layout.max_tokens, round(question.sample_tokens))),
+        "tokens": own.tokens_per_micro_batch,
+        "sample_tokens": max(2, min(own.max_tokens, round(question.sample_tokens))),
         "supervised_share": question.supervised_share,
     }
 
@@ -246,6 +248,8 @@ def _asked(question: Question, layout: Layout) -> dict[str, Any]:
         "kernels": run.model.kernels,
         "compile": run.model.compile,
         "max_tokens": layout.max_tokens,
+        "sequence": layout.sequence,
+        "mlp_tile_tokens": layout.mlp_tile_tokens,
         "packs_per_micro_batch": layout.packs_per_micro_batch,
         "recomputed_layers": layout.recomputed_layers,
         "versions": versions,

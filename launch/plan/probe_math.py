@@ -13,8 +13,7 @@ from qwen_dist.hardware import Measured
 from qwen_dist.layout import Layout
 from qwen_dist.memory import memory_of
 from qwen_dist.shapes import ModelShape
-from qwen_dist.step_time import token_flops
-from qwen_dist.throughput import step_cost
+from qwen_dist.step_time import cost_of_layout, token_flops
 
 # Pairs of depths, the best first: what two more layers take drowns in noise sooner than what four more take.
 DEPTHS = ((4, 8), (2, 4), (1, 2))
@@ -51,10 +50,15 @@ def recomputed_of(depth: int, layout: Layout, num_layers: int) -> int:
     return round(layout.recomputed_layers * depth / num_layers)
 
 
+def own_part(layout: Layout) -> Layout:
+    """`layout` with the tokens that a GPU holds of each pack as a pack of its own: there are no others to share it."""
+    return replace(layout, sequence=1, max_tokens=-(-layout.max_tokens // layout.sequence))
+
+
 def probe_layout(layout: Layout, offload: str, recomputed: int) -> Layout:
     """`layout` on one process. There ZeRO-3 has nothing to shard, and only copies weights: ZeRO-2."""
     return replace(
-        layout, nodes=1, gpus_per_node=1, stage=2, offload=offload, on_nvme=False, hpz=False,
+        own_part(layout), nodes=1, gpus_per_node=1, stage=2, offload=offload, on_nvme=False, hpz=False,
         recomputed_layers=recomputed,
     )  # fmt: skip
 
@@ -70,10 +74,10 @@ def measured_of(
         offload: that it was measured with.
         measurements: of each depth, fields of `qwen_dist.train.probe.Measurement`; one where it is the whole model.
     """
-    whole = (question.shape.num_layers, layout.recomputed_layers)
+    whole, own = (question.shape.num_layers, layout.recomputed_layers), own_part(layout)
     factor = _activation_factor(question, layout, measurements)
     return Measured(
-        flops_rate=_flops(question, layout, whole) / _micro_batch_s(question, layout, whole, measurements),
+        flops_rate=_flops(question, own, whole) / _micro_batch_s(question, own, whole, measurements),
         activation_factor=factor,
         base_bytes=_base_bytes(question, layout, offload, measurements[-1], factor) if question.hardware.gpu else 0,
     )
@@ -85,9 +89,8 @@ def modelled_rate(question: Question, layout: Layout) -> float | None:
     if time is None:
         return None
     work = work_of(question, layout)
-    cost = step_cost(question.shape, layout.method, layout.recomputed_layers / question.shape.num_layers)
-    tokens = layout.packs_per_micro_batch * work.pack_tokens
-    return work.accumulation * token_flops(cost, work) * tokens / time.compute_s
+    tokens = layout.packs_per_micro_batch * work.pack_tokens / layout.sequence
+    return work.accumulation * token_flops(cost_of_layout(question.shape, layout), work) * tokens / time.compute_s
 
 
 def _micro_batch_s(
@@ -105,9 +108,10 @@ def _micro_batch_s(
 def _flops(question: Question, layout: Layout, depth: Depth) -> float:
     """FLOP of forward and backward of one micro-batch, as the model of time counts them."""
     layers, recomputed = depth
-    cost = step_cost(replace(question.shape, num_layers=layers), layout.method, recomputed / layers)
+    cost = cost_of_layout(replace(question.shape, num_layers=layers), replace(layout, recomputed_layers=recomputed))
     # Packs that are measured are full.
-    work = work_of(replace(question, pack_tokens=float(layout.max_tokens)), layout)
+    sample_tokens = min(question.sample_tokens, float(layout.max_tokens))
+    work = work_of(replace(question, pack_tokens=float(layout.max_tokens), sample_tokens=sample_tokens), layout)
     return token_flops(cost, work) * layout.tokens_per_micro_batch
 
 
