@@ -53,6 +53,8 @@ def require_chain(runs: Sequence[Loaded], starts: Sequence[Start], only: str | N
                 f"{here} has made steps from an earlier training of stage {before.stage} than that of {there}; delete "
                 f"{here} to train it from this one, or bring the earlier one back."
             )
+        if only == loaded.stage and previous.problem is not None:
+            raise gate_failed(before, previous.problem)
         if only == loaded.stage and previous.kind != "done":
             raise UserError(
                 f"stage {only} starts from {before.stage}, which is not finished; leave --stage out, or train that one "

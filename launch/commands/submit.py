@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,15 +29,25 @@ The same command again goes on where the run stopped.
 @click.command(epilog=EPILOG)
 @click.argument("run_file", metavar="RUN.yaml", type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--stage", metavar="NAME", help="Only this stage of a run file with stages; default: all that are left.")
 @click.option("--dry-run", is_flag=True, help="Write the run directory and print the command, submit nothing.")
 @click.option("--test-only", is_flag=True, help="Ask Slurm when the job would start; write and submit nothing.")
 @click.option("--after", metavar="JOB", help="Start when this job has ended.")
 @click.option("--array-of-seeds", "seeds", metavar="1,2,3", help="A job and a run directory <name>-seed<k> for each.")
 def command(
-    run_file: Path, overrides: tuple[str, ...], dry_run: bool, test_only: bool, after: str | None, seeds: str | None
+    run_file: Path,
+    overrides: tuple[str, ...],
+    stage: str | None,
+    dry_run: bool,
+    test_only: bool,
+    after: str | None,
+    seeds: str | None,
 ) -> int:
-    """Submit a run to Slurm. Its job saves before its time is up, and starts again until the run is finished."""
-    from launch.runfile.load import load_run
+    """Submit a run to Slurm. Its job saves before its time is up, and starts again until the run is finished.
+
+    A run file with stages becomes a job for each, which waits until the one before it has ended well.
+    """
+    from launch.runfile.load import load_runs, warnings_of
 
     if dry_run and test_only:
         raise UserError("--dry-run and --test-only exclude each other; choose one.")
@@ -45,19 +55,19 @@ def command(
         raise UserError(f"--after {after!r} is no job id; give a number, as squeue shows it.")
     words = [overrides]
     if seeds is not None:
-        name = load_run(run_file, overrides).run.name
+        name = load_runs(run_file, overrides)[0].run.name.partition("/")[0]
         words = [(*overrides, f"name={name}-seed{seed}", f"seed={seed}") for seed in _seeds_of(seeds)]
-    runs = [load_run(run_file, some) for some in words]
-    for warning in runs[0].warnings:
+    files = [load_runs(run_file, some) for some in words]
+    for warning in warnings_of(files[0]):
         click.echo(f"warning: {warning}", err=True)
-    kind = runs[0].run.cluster.kind
+    kind = files[0][0].run.cluster.kind
     if kind != "slurm":
         raise UserError(
             f"submit is for Slurm, and cluster.kind is {kind}; set cluster.kind=slurm, or use: qwen-dist train"
         )
     if test_only:
-        return _test_only(runs, after)
-    return _submit(runs, dry_run, after)
+        return _test_only(files, stage, after)
+    return _submit(files, stage, dry_run, after)
 
 
 def _seeds_of(text: str) -> list[int]:
@@ -67,57 +77,51 @@ def _seeds_of(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, words)))
 
 
-def _test_only(runs: list[Loaded], after: str | None) -> int:
-    from launch.slurm.client import start_estimate
+def _test_only(files: list[list[Loaded]], stage: str | None, after: str | None) -> int:
+    from launch.runfile.load import chosen_stages
+    from launch.slurm.chain import script_of
+    from launch.slurm.client import After, start_estimate
 
-    for loaded in runs:
-        text, environ = _script_of(loaded)
-        click.echo(f"{loaded.run.name}: {start_estimate(text, environ, after)}")
+    for runs in files:
+        first, *others = chosen_stages(runs, stage)
+        script = script_of(first)
+        estimate = start_estimate(script.text, script.environ, After(after) if after is not None else None)
+        click.echo(f"{first.run.name}: {estimate}")
+        for before, loaded in itertools.pairwise([first, *others]):
+            click.echo(f"{loaded.run.name}: when {before.run.name} has ended well")
     return EXIT_DONE
 
 
-def _script_of(loaded: Loaded) -> tuple[str, dict[str, str]]:
-    """A run's batch script, and the environment to submit it with."""
-    import sys
-
-    from launch.hosts import processes_per_node
-    from launch.sbatch import sbatch_text
-    from launch.slurm.options import sbatch_options, without_overrides
-    from launch.slurm.stop_lead import stop_lead_s
-    from qwen_dist.run_dir import RunDir
-
-    run = loaded.run
-    run_dir = RunDir(Path(run.output_dir) / run.name)
-    lead_s = stop_lead_s(run, run_dir)
-    options = sbatch_options(run, run_dir.path, processes_per_node(run, 0), lead_s)
-    return sbatch_text(run, run_dir.path, sys.executable, lead_s), without_overrides(os.environ, options)
-
-
-def _submit(runs: list[Loaded], dry_run: bool, after: str | None) -> int:
+def _submit(files: list[list[Loaded]], stage: str | None, dry_run: bool, after: str | None) -> int:
     from launch.show import plan_text, short_path
-    from launch.slurm import client as slurm
     from launch.slurm import submission
-    from launch.start import make_start
-    from qwen_dist.run_dir import RunDir
+    from launch.slurm.chain import make_chain, submit_chain
+    from launch.stages import gate_failed, write_order
+    from launch.stages_view import stages_text
 
-    scripts = [_script_of(loaded) for loaded in runs]
-    if not dry_run:
-        jobs = slurm.live_jobs(os.environ)
-        for loaded, (text, environ) in zip(runs, scripts, strict=True):
-            submission.refuse_live(RunDir(Path(loaded.run.output_dir) / loaded.run.name), jobs, after)
-            if words := slurm.refuse_invalid(text, environ):
-                click.echo(f"warning: Slurm could not start {loaded.run.name} as things are now: {words}.", err=True)
-    starts = [make_start(loaded) for loaded in runs]
-    click.echo(plan_text(starts[0].plan))
-    for start, (_, environ) in zip(starts, scripts, strict=True):
-        folder = short_path(str(start.run_dir.path))
-        if start.kind == "done":
-            click.echo(f"\n{folder} is finished.\nNext: qwen-dist export {shlex.quote(folder)}")
-        elif dry_run:
+    chains = [make_chain(runs, stage, dry_run, after) for runs in files]
+    first = chains[0]
+    names = [str(loaded.stage) for loaded in first.runs]
+    plans = [start.plan for start in first.starts]
+    staged = first.runs[0].stage is not None
+    click.echo(stages_text(plans[0].run.name.partition("/")[0], names, plans) if staged else plan_text(plans[0]))
+    for chain in chains:
+        for loaded, start in zip(chain.runs, chain.starts, strict=True):
+            folder = short_path(str(start.run_dir.path))
+            if start.problem is not None and loaded in chain.chosen:
+                raise gate_failed(loaded, start.problem)
+            if start.kind == "done" and loaded in chain.chosen:
+                start.settle()
+                is_last = loaded is chain.runs[-1]
+                click.echo(
+                    f"\n{folder} is finished." + (f"\nNext: qwen-dist export {shlex.quote(folder)}" if is_last else "")
+                )
+        if not dry_run:
+            submit_chain(chain, after)
+            continue
+        if staged:
+            write_order(chain.runs)
+        for _, start in chain.left:
             submission.write(start)
-            click.echo(f"\nWrote {folder}. Submit it with:\n{start.command}")
-        else:
-            job = submission.submit(start, environ, after)
-            again = ", which goes on with it" if start.kind == "resume" else ""
-            click.echo(f"\nSubmitted {folder} as job {job}{again}.\n{submission.commands_text(start.run_dir, job)}")
+            click.echo(f"\nWrote {short_path(str(start.run_dir.path))}. Submit it with:\n{start.command}")
     return EXIT_DONE

@@ -46,32 +46,53 @@ class LiveJob:
     script: str
 
 
-def submit(script: Path, environ: Mapping[str, str], after: str | None = None) -> str:
+@dataclass(frozen=True)
+class After:
+    """The job that another one waits for.
+
+    Attributes:
+        job: its id.
+        must_succeed: the other one is dropped where it ends with another exit code than 0.
+    """
+
+    job: str
+    must_succeed: bool = False
+
+    @property
+    def options(self) -> list[str]:
+        """Of sbatch."""
+        if not self.must_succeed:
+            return [f"--dependency=afterany:{self.job}"]
+        # A requeued job has not ended: it keeps its id, and what waits for it goes on waiting.
+        return [f"--dependency=afterok:{self.job}", "--kill-on-invalid-dep=yes"]
+
+
+def submit(script: Path, environ: Mapping[str, str], after: After | None = None) -> str:
     """Submit a batch script; returns the job's id.
 
     Args:
         script: the script.
         environ: of sbatch, and of the job.
-        after: a job that must have ended first.
+        after: the job that it waits for.
 
     Raises:
         UserError: Slurm refuses it.
         EnvironmentNotReady: there is no sbatch, or Slurm does not answer.
     """
-    done = _call(["sbatch", "--parsable", *_dependency(after), str(script)], environ)
+    done = _call(["sbatch", "--parsable", *(after.options if after else []), str(script)], environ)
     if done.returncode != 0:
         raise refusal(words_of(done.stderr))
     return done.stdout.strip().partition(";")[0]  # with several clusters: id;cluster
 
 
-def start_estimate(text: str, environ: Mapping[str, str], after: str | None = None) -> str:
+def start_estimate(text: str, environ: Mapping[str, str], after: After | None = None) -> str:
     """What `sbatch --test-only` says of a batch script: when it would start and where. Nothing is queued.
 
     Raises:
         UserError: Slurm refuses it, or could not start it as things are now.
         EnvironmentNotReady: there is no sbatch, or Slurm does not answer.
     """
-    done = _call(["sbatch", "--test-only", *_dependency(after)], environ, text)
+    done = _call(["sbatch", "--test-only", *(after.options if after else [])], environ, text)
     if done.returncode != 0:
         raise refusal(words_of(done.stderr))
     return words_of(done.stderr)
@@ -126,10 +147,6 @@ def words_of(output: str) -> str:
     """sbatch's lines without its name before them, as one."""
     lines = (PREFIX.sub("", line.strip()).rstrip(".") for line in output.splitlines())
     return "; ".join(dict.fromkeys(line for line in lines if line)) or "it gave no reason"
-
-
-def _dependency(after: str | None) -> list[str]:
-    return [] if after is None else [f"--dependency=afterany:{after}"]
 
 
 def _call(

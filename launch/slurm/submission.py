@@ -23,14 +23,21 @@ def refuse_live(run_dir: RunDir, jobs: list[slurm.LiveJob], after: str | None) -
     Raises:
         UserError: names the job, and how to stop it.
     """
+    if job := live_job(run_dir, jobs, after):
+        raise UserError(
+            f"job {job.id} ({job.state}) is at work in {short_path(str(run_dir.path))}; let it save and stop with: "
+            f"scancel --batch --signal=INT {job.id} (while it waits: scancel {job.id}), or queue this one behind "
+            f"it with: --after {job.id}"
+        )
+
+
+def live_job(run_dir: RunDir, jobs: list[slurm.LiveJob], after: str | None) -> slurm.LiveJob | None:
+    """The job of this run directory that is in the queue, other than `after`."""
     recorded = _recorded(run_dir)
     for job in jobs:
         if job.id != after and (job.id in recorded or job.script == str(run_dir.sbatch)):
-            raise UserError(
-                f"job {job.id} ({job.state}) is at work in {short_path(str(run_dir.path))}; let it save and stop with: "
-                f"scancel --batch --signal=INT {job.id} (while it waits: scancel {job.id}), or queue this one behind "
-                f"it with: --after {job.id}"
-            )
+            return job
+    return None
 
 
 def write(start: Start) -> None:
@@ -44,7 +51,7 @@ def write(start: Start) -> None:
         start.write()
 
 
-def submit(start: Start, environ: Mapping[str, str], after: str | None) -> str:
+def submit(start: Start, environ: Mapping[str, str], after: slurm.After | None) -> str:
     """Write the run directory and submit its script; returns the job's id. A refused job leaves no file behind.
 
     Raises:
