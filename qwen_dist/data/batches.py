@@ -123,7 +123,7 @@ def seed_of_dropout(seed: int, step: int, samples_N: np.ndarray, part: int = 0) 
         samples_N: the micro-batch's samples, in order.
         part: of their row, from 0.
     """
-    numbers = np.concatenate([[seed, step], samples_N, [-part] if part else []]).astype("<i8")
+    numbers = np.concatenate([[seed, step], samples_N, *([[-part]] if part else [])]).astype("<i8")
     return int.from_bytes(hashlib.blake2b(numbers.tobytes(), digest_size=8).digest(), "little") >> 1
 
 
