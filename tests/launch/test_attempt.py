@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.attempt import Found, decide, differences, with_recorded_choice
-from qwen_dist.config import Batch, Checkpoint, Cluster, Data, Model, Optim, Run, Source, Zero
+from qwen_dist.config import Batch, Checkpoint, Cluster, Data, Model, Optim, Parallel, Run, Source, Zero
 from qwen_dist.errors import UserError
 from tests.launch.conftest import write_run
 
@@ -72,6 +72,19 @@ def test_how_processes_share_the_work_may_change():
     assert decide(found(other), planned(RUN), PATH, 8) == "resume"
 
 
+def test_gpus_may_begin_to_share_packs_and_mlps_to_compute_in_tiles():
+    """Which samples a step holds, and its gradient, do not depend on it; checkpoints fit any number of processes."""
+    model = RUN.model.model_copy(update={"mlp_tile_tokens": 1024})
+    shared = RUN.model_copy(update={"parallel": Parallel(sequence=4), "model": model})
+    assert decide(found(world_size=8), shared, PATH, 8) == "resume"
+    assert decide(found(shared, world_size=8), RUN, PATH, 8) == "resume"
+    assert decide(found(shared), shared, PATH, 256) == "resume"  # 64 packs for 64 groups
+    with pytest.raises(UserError, match="over 6 processes, 4 of which share a pack; go on with 4 or 8"):
+        decide(found(), shared, PATH, 6)
+    with pytest.raises(UserError, match="over 12 processes, 4 of which share a pack; go on with 8 or 16"):
+        decide(found(), shared, PATH, 12)
+
+
 def test_another_versions_record_is_refused():
     with pytest.raises(UserError, match="another version"):
         decide(Found({"config": {"name": "r", "gone": 1}}, True), RUN, PATH, 8)
@@ -98,6 +111,8 @@ def test_a_resume_keeps_what_was_planned():
         (8, {"cluster": Cluster(gpu="H100-80GB")}),
         (8, {"zero": Zero(stage=3)}),
         (8, {"model": Model(path="m", activation_checkpointing=False)}),
+        (8, {"model": Model(path="m", mlp_tile_tokens=1024)}),
+        (8, {"parallel": Parallel(sequence=2)}),
     ],
 )
 def test_elsewhere_or_otherwise_all_that_is_open_is_planned_anew(world_size: int, changed: dict):

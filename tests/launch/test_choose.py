@@ -23,7 +23,9 @@ from launch.plan.choose import (
     options,
 )
 from launch.plan.unfit import refusal
-from qwen_dist.config import Batch, Checkpoint, Data, Method, Model, Run, Source, Zero
+from launch.planner import require_choice
+from qwen_dist.config import Batch, Checkpoint, Data, Method, Model, Parallel, Run, Source, Zero
+from qwen_dist.errors import UserError
 from qwen_dist.hardware import GB, GPUS, Hardware, Measured, gpu_named
 from qwen_dist.layout import Layout
 from qwen_dist.memory import Parts, memory_of
@@ -237,6 +239,57 @@ def test_too_many_tokens():
     assert sentence.startswith("LoRA of Qwen/Qwen3-14B at data.max_tokens=32768 does not fit on 1 GPU: it needs ")
     assert choose(ask("lora", "RTX4090", 1, max_tokens=tokens, host_gb=256)) is not None
     assert choose(ask("lora", "RTX4090", 1, max_tokens=tokens + 256, host_gb=256)) is None
+
+
+def with_tiles(question: Question, tokens: int) -> Question:
+    model = question.run.model.model_copy(update={"mlp_tile_tokens": tokens})
+    return replace(question, run=question.run.model_copy(update={"model": model}))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_long_packs_name_what_makes_them_fit(method):
+    question = ask(method, max_tokens=131_072)
+    assert "what would fit: parallel.sequence=2, or model.mlp_tile_tokens=8192, or data.max_tokens=" in said(question)
+    assert choose(ask(method, max_tokens=131_072, parallel=Parallel(sequence=2))) is not None
+    assert choose(with_tiles(question, 8192)) is not None
+    longer = said(ask(method, max_tokens=393_216))
+    assert "what would fit: parallel.sequence=4, or data.max_tokens=" in longer
+    assert choose(ask(method, max_tokens=393_216, parallel=Parallel(sequence=2))) is None
+
+
+def test_what_fits_only_with_both_is_named_together():
+    sentence = said(ask(max_tokens=1_048_576))
+    assert "what would fit: parallel.sequence=8 with model.mlp_tile_tokens=8192, or data.max_tokens=" in sentence
+    alone = ask(max_tokens=1_048_576, parallel=Parallel(sequence=8))
+    assert choose(alone) is None
+    assert choose(with_tiles(alone, 8192)) is not None
+
+
+def test_what_cannot_share_or_tile_is_not_proposed():
+    assert "parallel.sequence" not in said(ask(gpus=1, host_gb=4000, max_tokens=262_144))
+    six = {"gpus": 6, "batch": Batch(packs_per_step=12), "max_tokens": 393_216}
+    assert "parallel.sequence" not in said(ask(**six))  # 4 would do, and does not divide 6
+    experts = said(ask(model="Qwen/Qwen3-30B-A3B", max_tokens=262_144))
+    assert "parallel.sequence=2" in experts and "mlp_tile_tokens" not in experts
+    long = ask(max_tokens=131_072)
+    eager = long.run.model.model_copy(update={"attention": "eager"})
+    assert "parallel.sequence" not in said(replace(long, run=long.run.model_copy(update={"model": eager})))
+
+
+def test_shared_packs_are_more_at_a_time():
+    """What a GPU holds of a micro-batch counts, not the whole."""
+    lora = {"method": "lora", "gpu": "H200", "max_tokens": 8192}
+    assert {layout.packs_per_micro_batch for layout in layouts(ask(**lora))} == {1, 2, 4}
+    shared = ask(**lora, parallel=Parallel(sequence=2))
+    assert {layout.packs_per_micro_batch for layout in layouts(shared)} == {1, 2, 4, 8}
+    assert shared.packs_per_process == 16
+
+
+def test_heads_that_cannot_be_shared_are_refused_before_anything_else():
+    with pytest.raises(UserError, match=r"parallel\.sequence=16 does not fit the model's 40 attention heads"):
+        require_choice(ask(gpus=16, parallel=Parallel(sequence=16)))
+    with pytest.raises(UserError, match="mlp_tile_tokens=8 does not go with the 128 experts"):
+        require_choice(with_tiles(ask(model="Qwen/Qwen3-30B-A3B"), 8))
 
 
 def test_a_full_training_that_lora_would_do():

@@ -214,3 +214,6 @@ def test_world_size_fits_the_step(project: Path) -> None:
     ):
         path = write_run(project, cluster=cluster, batch={"packs_per_step": packs})
         assert world_size_of_run(load_run(path).run) == size
+    for packs, sequence, size in ((64, 4, 8), (3, 2, 6), (5, 8, 8)):  # groups are what packs divide over
+        path = write_run(project, batch={"packs_per_step": packs}, parallel={"sequence": sequence}, cluster={})
+        assert world_size_of_run(load_run(path).run) == size

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from launch.plan.as_json import plan_json
 from launch.plan.data_counts import quick_counts
 from launch.plan.data_estimate import estimated_counts
 from launch.plan.scaling import scaled
@@ -15,7 +16,7 @@ from launch.plan.tables import MOMENTS, details_text, memory_text, scaling_text
 from launch.planner import DataCounts, make_plan, question_of
 from launch.runfile.load import load_run
 from launch.show import plan_text
-from qwen_dist.config import Batch, Data, Length, Method, Model, Run, Source, Zero
+from qwen_dist.config import Batch, Data, Length, Method, Model, Parallel, Run, Source, Zero
 from qwen_dist.data.cache.inputs import read_inputs
 from qwen_dist.data.cache.prepare import prepare
 from qwen_dist.errors import UserError
@@ -56,6 +57,34 @@ def test_arithmetic():
     assert plan.total_tokens == 1_800_000
     assert plan.total_supervised_tokens == 450_000
     assert plan.tokens_per_step == 128_000  # 32 packs of 4,000 tokens
+
+
+def test_gpus_that_share_packs_are_groups():
+    run = make_run(parallel=Parallel(sequence=4), model=Model(path="Qwen/Qwen3-14B", mlp_tile_tokens=2048))
+    plan = make_plan(run, on(nodes=2), COUNTS)
+    assert (plan.batch.sequence, plan.batch.data_groups) == (4, 4)
+    assert plan.batch.accumulation * plan.batch.packs_per_micro_batch * 4 == 32
+    assert (plan.warnings, plan_json(plan)["batch"]["data_groups"]) == ((), 4)
+    lines = plan_text(plan).splitlines()
+    assert "processes  2 nodes × 8 on H100-80GB, 4 share each pack: 4 groups" in lines
+    assert any("MLPs 2,048 tokens at a time" in line for line in lines if line.startswith("layout"))
+    assert plan.chosen.time.tokens == pytest.approx(plan.tokens_per_step)
+    alone = make_plan(make_run(), on(nodes=2), COUNTS)
+    assert "share" not in plan_text(alone) and plan.total_steps == alone.total_steps
+
+
+def test_packs_that_are_shared_over_the_network_are_a_warning():
+    plan = make_plan(make_run(parallel=Parallel(sequence=8)), on(num_gpus=4, nodes=2), COUNTS)
+    said = "parallel.sequence=8 shares packs over the network: machines have 4 GPUs each."
+    assert plan_json(plan)["warnings"] == [said] and f"warning    {said}" in plan_text(plan)
+
+
+def test_other_numbers_of_gpus_have_groups_too():
+    question = question_of(make_run(parallel=Parallel(sequence=4)), on(), COUNTS)
+    rows = scaled(question, 1_800_000, [8, 16, 256])
+    assert [(row.packs_per_step, row.is_as_asked) for row in rows] == [(32, True), (32, True), (64, False)]
+    with pytest.raises(UserError, match=r"parallel\.sequence=4 does not divide 2 processes"):
+        scaled(question, 1_800_000, [2])
 
 
 def test_hours_are_tokens_by_rate():
@@ -238,7 +267,8 @@ def test_a_plan_for_another_machine_needs_no_gpu(project, cli, monkeypatch):
 
 def test_json(project, cli):
     plan = json.loads(cli("plan", "run.yaml", "--json").out)
-    assert plan["batch"] == {"packs_per_step": 4, "world_size": 2, "accumulation": 2, "packs_per_micro_batch": 1}
+    batch = {"packs_per_step": 4, "world_size": 2, "accumulation": 2, "packs_per_micro_batch": 1}
+    assert plan["batch"] == {**batch, "sequence": 1, "data_groups": 2}
     assert plan["data"]["rows"] == len(ROWS)
     assert plan["resolved"] == {
         "zero.stage": 2,

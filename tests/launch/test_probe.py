@@ -24,6 +24,7 @@ from qwen_dist.step_time import token_flops
 from qwen_dist.throughput import step_cost
 
 H100 = gpu_named("H100-80GB")
+TILED = {"path": "Qwen/Qwen3-14B", "mlp_tile_tokens": 1024}
 
 
 def question_for(
@@ -114,6 +115,24 @@ def test_the_rate_is_that_of_the_line_through_the_depths(recomputed, tmp_path):
     step = evaluated(full, layout).time
     # Attention runs forward four times of three for a layer that is recomputed, its products four of three too.
     assert step.compute_s / work_of(full, layout).accumulation == pytest.approx(seconds(40, recomputed), rel=0.002)
+
+
+def test_one_process_measures_its_own_part_of_a_shared_pack(tmp_path):
+    """A quarter of 16,384 tokens as a pack of its own; the rate is the same, and a step's time that of the plan."""
+    question = question_for(tmp_path, max_tokens=16_384, parallel={"sequence": 4}, model=TILED)
+    question = replace(question, pack_tokens=16_384.0)
+    layout = layout_for(question, recomputed_layers=0)
+    assert (layout.sequence, layout.mlp_tile_tokens) == (4, 1024)
+    spec = make_spec(question, layout, "none", ((4, 0), (8, 0)))
+    assert (spec["tokens"], spec["sample_tokens"], spec["config"]["data"]["max_tokens"]) == (4096, 1000, 4096)
+    assert "sequence_parallel_size" not in spec["ds_config"] and spec["config"]["parallel"]["sequence"] == 1
+    found = [measurement(layers, micro_batch_s=0.02 * layers, saved_bytes=layers) for layers in (4, 8)]
+    each = [one | {"reserved_bytes": 1, "peak_bytes": 1} for one in found]
+    full = replace(question, measured=measured_of(question, layout, "none", each))
+    step = evaluated(full, layout).time
+    assert step.compute_s / work_of(full, layout).accumulation == pytest.approx(0.02 * 40, rel=1e-6)
+    longest = make_spec(replace(question, sample_tokens=16_384.0), layout, "none", ((4, 0), (8, 0)))
+    assert longest["sample_tokens"] == 4096
 
 
 def test_noise_gives_no_negative_time(tmp_path):

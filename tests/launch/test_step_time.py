@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen_dist.comm_time import exchange_s
 from qwen_dist.hardware import GB, Hardware, Measured, gpu_named
 from qwen_dist.layout import Layout
 from qwen_dist.shapes import KNOWN_SHAPES, QWEN3_14B
@@ -92,6 +93,52 @@ def test_what_was_measured_replaces_what_is_assumed():
     measured = Measured(flops_rate=100e12, activation_factor=1.0, base_bytes=0)
     time = step_time(QWEN3_14B, layout(gpus_per_node=1), node(1), WORK, measured)
     assert time.compute_s == pytest.approx(8 * 4096 * cost / 100e12, rel=1e-3)
+
+
+LONG = Work(accumulation=8, pack_tokens=131_072, sample_tokens=131_072)
+
+
+def test_gpus_that_share_a_pack_share_its_products():
+    """A GPU computes a quarter of each pack, of four times as many; a step's tokens and FLOP stay the same."""
+    alone = step_time(QWEN3_14B, layout(recomputed_layers=40), node(), LONG)
+    shared = step_time(QWEN3_14B, layout(recomputed_layers=40, sequence=4), node(), replace(LONG, accumulation=32))
+    assert (shared.tokens, shared.flops) == (alone.tokens, alone.flops)
+    assert shared.compute_s == pytest.approx(alone.compute_s, rel=0.02)
+    assert shared.communication_s > alone.communication_s
+
+
+@pytest.mark.parametrize(("sequence", "copies"), [(2, 1), (8, 1), (40, 5)])
+def test_what_gpus_that_share_a_pack_exchange(sequence, copies):
+    """Queries and outputs of 5,120, keys and values of 1,024 for each copy: in 2 bytes, there and back, again where a
+    layer is recomputed, all but the own part, at 75 % of the link, and nothing runs beside it."""
+    one = layout(sequence=sequence, recomputed_layers=10, gpus_per_node=sequence)
+    seconds = exchange_s(QWEN3_14B, one, node(sequence), tokens=1000)
+    sent = (2 * 40 + 10) * 1000 * 2 * (2 * 5120 + copies * 2 * 1024) * (sequence - 1) / sequence
+    assert seconds == pytest.approx(sent / (0.75 * H100.link_bytes_s))
+    work = replace(LONG, accumulation=1, pack_tokens=1000 * sequence)
+    stages = [step_time(QWEN3_14B, replace(one, sequence=size), node(sequence), work) for size in (1, sequence)]
+    assert stages[1].communication_s > 0.9 * seconds  # the weights' ring is hidden by more computation, or by less
+
+
+def test_a_group_over_machines_exchanges_over_the_network():
+    """Groups of 16 on machines of 8: half of what a GPU sends, and 8 GPUs share the machine's 200 GB/s."""
+    one = layout(sequence=16, nodes=2)
+    assert one.spans_machines and not layout(sequence=8, nodes=2).spans_machines
+    shape = replace(QWEN3_14B, num_heads=48, num_kv_heads=16)
+    sent = 2 * 40 * 1000 * 2 * 128 * (2 * 48 + 2 * 16)
+    found = exchange_s(shape, one, node(nodes=2), tokens=1000)
+    assert found == pytest.approx(sent / 2 * 8 / (0.75 * 200 * GB))
+
+
+def test_a_tiled_mlp_runs_forward_once_more():
+    """Three products of 5,120 x 17,408 in 40 layers, twice a token; not among the FLOP that the model needs."""
+    plain, tiled, small = (
+        step_time(QWEN3_14B, layout(sequence=8, mlp_tile_tokens=tile), node(), LONG) for tile in (None, 4096, 64)
+    )
+    again_s = 2 * 40 * 3 * 5120 * 17_408 * 8 * 131_072 / 8 / (0.62 * 989e12)
+    assert again_s < tiled.compute_s - plain.compute_s < 1.25 * again_s  # its bytes, too, and sums of gradients
+    assert tiled.flops == plain.flops
+    assert small.compute_s > 1.3 * tiled.compute_s  # of 256 tiles, each waits for its kernels
 
 
 @given(st.integers(0, 39), st.sampled_from(["full", "lora", "qlora"]), st.integers(1, 8))
