@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import click
 
 EPILOG = """\b
@@ -32,6 +35,16 @@ def command(
     as_json: bool,
 ) -> int:
     """Talk to a model: an exported folder or a hub id. Streams, and says why each answer stopped."""
+    from launch.stages import last_stage
     from qwen_dist.serve.chat import run_chat
 
-    return run_chat(path, prompts, system, think, greedy, max_new_tokens, seed, as_json)
+    return run_chat(
+        str(last_stage(Path(path))) if os.path.isdir(path) else path,
+        prompts,
+        system,
+        think,
+        greedy,
+        max_new_tokens,
+        seed,
+        as_json,
+    )

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -28,21 +28,27 @@ Exit codes: 0 nothing FAILs, 3 something does.
 @click.command(epilog=EPILOG)
 @click.argument("path", metavar="[RUN.yaml]", required=False, type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--stage", metavar="NAME", help="One stage of a run file with stages; default: all.")
 @click.option("--in-job", is_flag=True, help="On every rank of a job: check all nodes together; give RUN_DIR.")
 @click.option("--json", "as_json", is_flag=True, help="For a machine to read.")
-def command(path: Path | None, overrides: tuple[str, ...], in_job: bool, as_json: bool) -> int:
+def command(path: Path | None, overrides: tuple[str, ...], stage: str | None, in_job: bool, as_json: bool) -> int:
     """Check this machine, and with a run file all that the run needs: each finding with its fix."""
+    if stage is not None and (in_job or path is None):
+        raise UserError("--stage names a stage of a run file with stages; give that file, without --in-job.")
     if in_job:
         return _in_job(path, overrides, as_json)
     from launch.doctor.doctor import examine, exit_code
     from launch.doctor.view import summary, terminal_width, text_of
-    from launch.runfile.load import load_run
+    from launch.runfile.load import chosen_stages, load_runs, warnings_of
 
-    loaded = load_run(path, overrides) if path is not None else None
-    for warning in loaded.warnings if loaded is not None else ():
+    runs = chosen_stages(load_runs(path, overrides), stage) if path is not None else []
+    for warning in warnings_of(runs):
         click.echo(f"warning: {warning}", err=True)
-    run = loaded.run if loaded is not None else None
+    run = runs[0].run if runs else None
     checks = examine(run)
+    for loaded in runs[1:]:  # what is found of the other stages besides
+        others = [check for check in examine(loaded.run) if check not in checks]
+        checks += [replace(check, name=f"{check.name} ({loaded.stage})") for check in others]
     if as_json:
         told = {"is_ready": exit_code(checks) == 0, "checks": [asdict(check) for check in checks]}
         click.echo(json.dumps(told, ensure_ascii=False, indent=2))

@@ -16,6 +16,11 @@ EPILOG = """\b
 Example:
   qwen-dist export runs/demo
   qwen-dist export runs/demo --step 200 --out my-model
+
+\b
+Of a run with stages the last one, or as named:
+  qwen-dist export runs/support
+  qwen-dist export runs/support/domain
 """
 
 
@@ -27,6 +32,9 @@ Example:
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write; default: in RUN_DIR.")
 def command(run_dir: Path, step: int | None, best: bool, adapter_only: bool, out: Path | None) -> NoReturn:
     """Make a Hugging Face folder of a run's checkpoint, reload it and compare. Needs no GPU."""
+    from launch.stages import last_stage
+
+    run_dir = last_stage(run_dir)
     if not RunDir(run_dir).run_json.is_file():
         raise UserError(f"{run_dir} is no run directory: it has no run.json; name the one that train made.")
     if best and step is not None:

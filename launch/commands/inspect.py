@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from launch.inspect.dataset import Dataset
+    from launch.runfile.load import Loaded
 
 EPILOG = """\b
 Example:
@@ -27,6 +28,7 @@ NUM_SAMPLES, NUM_PAGE_SAMPLES, NUM_DIFF_ROWS = 2, 300, 3
 @click.command(epilog=EPILOG)
 @click.argument("run_file", metavar="RUN.yaml", type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--stage", metavar="NAME", help="One stage of a run file with stages; default: all.")
 @click.option("--row", metavar="FILE:LINE", help="All samples of one row, in full, or why it has none.")
 @click.option(
     "--samples", metavar="N", type=click.IntRange(min=0), help="How many samples, or differing rows, to show."
@@ -48,13 +50,28 @@ def command(run_file: Path, overrides: tuple[str, ...], **options: Any) -> int:
     (or row, from 1), row (from 0), message (the first trained one), mode, input_ids, labels (-100: not trained), and
     weights where any is not 1.
     """
-    from launch.inspect.dataset import open_dataset
-    from launch.runfile.load import load_run
+    from launch.runfile.load import load_run, load_runs, warnings_of
 
     _refuse_contradictions(options)
-    loaded = load_run(run_file, overrides)
-    for warning in loaded.warnings:
+    runs = load_runs(run_file, overrides)
+    for warning in warnings_of(runs):
         click.echo(f"warning: {warning}", err=True)
+    is_of_one = any(options[name] not in (None, False) for name in ("row", "html", "diff", "tokens", "as_json"))
+    if is_of_one or options["stage"] is not None:
+        runs = [load_run(run_file, overrides, stage=options["stage"])]
+    codes = []
+    for loaded in runs:
+        if len(runs) > 1:
+            click.echo(f"Stage {loaded.stage}:" if loaded is runs[0] else f"\nStage {loaded.stage}:")
+        then = f"qwen-dist plan {shlex.join([str(run_file), *overrides])}" if loaded is runs[-1] else None
+        codes.append(_one(loaded, options, run_file, then))
+    return max(codes)
+
+
+def _one(loaded: Loaded, options: dict[str, Any], run_file: Path, then: str | None) -> int:
+    """A run, or one stage; `then` is the command that follows."""
+    from launch.inspect.dataset import open_dataset
+
     with open_dataset(loaded.run) as dataset:
         if options["check"]:
             return _check(dataset, options)
@@ -62,7 +79,7 @@ def command(run_file: Path, overrides: tuple[str, ...], **options: Any) -> int:
             return _diff(dataset, options, run_file)
         if options["row"] is not None:
             return _row(dataset, options)
-        _all(dataset, options, shlex.join([str(run_file), *overrides]))
+        _all(dataset, options, then)
     return 0
 
 
@@ -82,7 +99,7 @@ def _refuse_contradictions(options: dict[str, Any]) -> None:
         raise UserError("--row has no --json; --tokens writes every sample as JSON.")
 
 
-def _all(dataset: Dataset, options: dict[str, Any], arguments: str) -> None:
+def _all(dataset: Dataset, options: dict[str, Any], then: str | None) -> None:
     """The counts, and samples of every source."""
     from launch.inspect.numbers import numbers_of
     from launch.inspect.samples import views_of
@@ -111,7 +128,8 @@ def _all(dataset: Dataset, options: dict[str, Any], arguments: str) -> None:
         console.print(f"\n{dataset.train.prepared.num_samples:,} samples written to {tokens}", soft_wrap=True)
     if html is not None:
         console.print(f"\n{num_shown:,} samples on the page {html}", soft_wrap=True)
-    console.print(f"\nNext: qwen-dist plan {arguments}", soft_wrap=True)
+    if then is not None:
+        console.print(f"\nNext: {then}", soft_wrap=True)
 
 
 def _row(dataset: Dataset, options: dict[str, Any]) -> int:
@@ -127,9 +145,10 @@ def _diff(dataset: Dataset, options: dict[str, Any], run_file: Path) -> int:
     from launch.inspect.diff import compare
     from launch.inspect.diff_view import show_diff
     from launch.inspect.table import console_on
-    from launch.runfile.load import load_run
+    from launch.runfile.load import load_run, load_runs
 
-    other = load_run(options["diff"])
+    is_staged = load_runs(options["diff"])[0].stage is not None
+    other = load_run(options["diff"], stage=options["stage"] if is_staged else None)
     number = NUM_DIFF_ROWS if options["samples"] is None else options["samples"]
     with open_dataset(other.run) as changed:
         diff = compare(dataset, changed, number)

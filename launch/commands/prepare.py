@@ -28,23 +28,29 @@ with the rest; several at once share the work.
 @click.command(epilog=EPILOG)
 @click.argument("run_file", metavar="RUN.yaml", type=click.Path(path_type=Path))
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--stage", metavar="NAME", help="One stage of a run file with stages; default: all.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes; default: one for each core it may use.")
 @click.option("--json", "as_json", is_flag=True, help="For a machine to read.")
-def command(run_file: Path, overrides: tuple[str, ...], workers: int | None, as_json: bool) -> int:
+def command(run_file: Path, overrides: tuple[str, ...], stage: str | None, workers: int | None, as_json: bool) -> int:
     """Tokenize training and held-out data once, into a cache that inspect, plan and train use."""
-    from launch.runfile.load import load_run
+    from launch.runfile.load import chosen_stages, load_runs, warnings_of
     from launch.show import aligned
 
-    loaded = load_run(run_file, overrides)
-    for warning in loaded.warnings:
+    runs = chosen_stages(load_runs(run_file, overrides), stage)
+    for warning in warnings_of(runs):
         click.echo(f"warning: {warning}", err=True)
-    run = loaded.run
-    splits: list[Literal["train", "eval"]] = ["train", "eval"] if run.data.eval else ["train"]
-    told = {split: _prepare(run, split, workers) for split in splits}
+    told: dict[str | None, dict[str, Any]] = {}
+    for loaded in runs:
+        run = loaded.run
+        splits: list[Literal["train", "eval"]] = ["train", "eval"] if run.data.eval else ["train"]
+        of_run = told[loaded.stage] = {split: _prepare(run, split, workers) for split in splits}
+        if not as_json:
+            if loaded.stage is not None:
+                click.echo(f"Stage {loaded.stage}:" if loaded is runs[0] else f"\nStage {loaded.stage}:")
+            click.echo(aligned([line for split in splits for line in _lines(split, of_run[split])]))
     if as_json:
-        click.echo(json.dumps(told, ensure_ascii=False, indent=2))
+        click.echo(json.dumps(told if runs[0].stage is not None else told[None], ensure_ascii=False, indent=2))
         return 0
-    click.echo(aligned([line for split in splits for line in _lines(split, told[split])]))
     click.echo(f"\nNext: qwen-dist inspect {shlex.join([str(run_file), *overrides])}")
     return 0
 

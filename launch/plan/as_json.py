@@ -43,6 +43,20 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def stages_json(name: str, stages: Sequence[str], plans: Sequence[Plan]) -> dict[str, Any]:
+    """The plans of all stages, in order, and what they take together; hours are None on CPU."""
+    of_each = [plan.hours for plan in plans if plan.hours is not None]
+    of_gpus = [plan.gpu_hours for plan in plans if plan.gpu_hours is not None]
+    return {
+        "name": name,
+        "stages": [{"stage": stage, **plan_json(plan)} for stage, plan in zip(stages, plans, strict=True)],
+        "total_steps": sum(plan.total_steps for plan in plans),
+        "total_tokens": sum(plan.total_tokens for plan in plans),
+        "hours": sum(of_each) if len(of_each) == len(plans) else None,
+        "gpu_hours": sum(of_gpus) if len(of_gpus) == len(plans) else None,
+    }
+
+
 def option_json(option: Option) -> dict[str, Any]:
     """A layout with its memory and time."""
     time = option.time

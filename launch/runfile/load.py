@@ -104,7 +104,8 @@ def load_runs(
     whole_list = [one for one in given if one.path == (STAGES,)]
     for one in whole_list:
         values.put(one.path, one.value, one.place)
-    if STAGES not in values.raw:
+    if values.raw.get(STAGES) is None:  # all lines below it may be commented out
+        values.raw.pop(STAGES, None)
         return [_load_plain(values, given, file)]
     stages = split_stages(values, [one for one in given if one not in whole_list])
     if values.problems or values.complaints:

@@ -179,7 +179,8 @@ def _nearest_key(path: KeyPath) -> str:
     """The key that was probably meant: a neighbour, or one of the same name in another section."""
     name = str(path[-1])
     section = section_at(path[:-1])
-    near = did_you_mean(name, list(section.model_fields)) if section else ""
+    beside = ["stages"] if len(path) == 1 else []
+    near = did_you_mean(name, [*section.model_fields, *beside]) if section else ""
     if near:
         return near
     elsewhere = [key for key in all_keys() if key.rpartition(".")[2] == name]

@@ -24,6 +24,13 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "tracking": ("wandb",),
 }
 COMMENT_COLUMN = 34
+STAGES_LINES = (
+    "# stages:                          # Trainings in a row, each from the weights of the one before; docs/stages.md",
+    "#   - name: domain                 # Its run directory is <output_dir>/<name>/domain",
+    "#     data: {train: [{path: domain.jsonl}], loss: all}",
+    "#     evaluation: {max_loss: 2.4}  # The next one starts if the last held-out loss is not above this",
+    "#   - name: chat                   # What a stage does not set stands above",
+)
 LR = {"full": 1e-5, "lora": 1e-4, "qlora": 1e-4}
 
 
@@ -70,6 +77,7 @@ def run_template(name: str, model: str, data: str, method: str, slurm: bool = Fa
             text = given.get(dotted) or examples.get(dotted) or _yaml(_default(section, key))
             mark = "" if dotted in given else "# "
             lines.append(f"{f'{indent}{mark}{key}: {text}':<{COMMENT_COLUMN}} # {_help(section, key)}")
+    lines += ["", *STAGES_LINES]
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.runfile.load import load_run
+from launch.runfile.load import load_run, load_runs
 from launch.runfile.problems import all_keys
 from launch.runfile.template import run_template
 
@@ -34,12 +34,16 @@ def test_every_line_works_when_taken_into_use(project, cli):
     text = Path("new.yaml").read_text()
     Path("new.yaml").write_text(re.sub(r"^( *)# (?=\w+: )", r"\1", text, flags=re.MULTILINE))
     load_run("new.yaml", ["cluster.kind=slurm"], {})
+    (project / "domain.jsonl").write_text("{}\n")
+    Path("new.yaml").write_text(re.sub(r"^#(?=   [- ] \w+: )", "", Path("new.yaml").read_text(), flags=re.MULTILINE))
+    stages = load_runs("new.yaml", ["cluster.kind=slurm"], {})
+    assert [(loaded.stage, loaded.run.evaluation.max_loss) for loaded in stages] == [("domain", 2.4), ("chat", None)]
 
 
 def test_at_most_forty_options_are_shown():
     options = re.findall(r"^ *(?:# )?(\w+): ", run_template("n", "m", "d", "full"), flags=re.MULTILINE)
     assert len(options) <= 40
-    assert {option for option in options} <= {part for key in all_keys() for part in key.split(".")}
+    assert {option for option in options} - {"stages"} <= {part for key in all_keys() for part in key.split(".")}
 
 
 def test_it_does_not_overwrite(project, cli):
