@@ -1,6 +1,6 @@
 """What a save costs training: two processes of the real trainer, checkpoints written while it waits and beside it.
 
-    python benchmarks/checkpoint.py [--device cuda] [--processes 1] [--hidden 1024] [--layers 8] [--json out.json]
+    python benchmarks/checkpoint.py [--device cuda] [--processes 1] [--threads 1] [--hidden 1024] [--json out.json]
 
 Two runs through `qwen-dist train`, alike but for checkpoint.in_background. A save stalls training twice: at its step's
 end (save_stall_s of metrics.jsonl) and by slowing down the steps that are made while it is written. The second is what
@@ -82,6 +82,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="Of each process on a CPU; default: all cores, shared out.")
     parser.add_argument("--hidden", type=int, default=1024, help="Hidden size.")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=42)
@@ -102,7 +103,7 @@ def train(folder: Path, arguments: argparse.Namespace, is_beside: bool) -> list[
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     name = "beside" if is_beside else "waits"
-    run = {
+    run: dict[str, Any] = {
         "name": name,
         "output_dir": str(folder / "runs"),
         "model": {"path": "config.json", "tokenizer": str(DEMO / "tokenizer")},
@@ -113,6 +114,8 @@ def train(folder: Path, arguments: argparse.Namespace, is_beside: bool) -> list[
         "checkpoint": {"every_steps": arguments.every_steps, "keep": 1, "in_background": is_beside},
         "cluster": {"device": arguments.device, "gpus_per_node": arguments.processes},
     }
+    if arguments.threads:
+        run["cluster"]["env"] = {"OMP_NUM_THREADS": str(arguments.threads)}
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(run))
     command = [str(Path(sys.executable).parent / "qwen-dist"), "train", str(file)]

@@ -77,7 +77,7 @@ def write_rows(alpaca: Path, path: Path) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def compared(spec: Spec, names: list[str], turns: int) -> dict[str, dict[str, float]]:
+def compared(spec: Spec, names: list[str], turns: int) -> dict[str, dict[str, Any]]:
     """Each contender's median over the turns; the most memory of them."""
     results: dict[str, list[Result]] = {name: [] for name in names}
     for _ in range(turns):
@@ -88,6 +88,7 @@ def compared(spec: Spec, names: list[str], turns: int) -> dict[str, dict[str, fl
             "supervised_tokens_per_s": statistics.median(result.supervised_tokens_per_s for result in of_name),
             "tokens_per_s": statistics.median(result.tokens_per_s for result in of_name),
             "peak_gb": max(result.peak_gb for result in of_name),
+            "data_wait_share": max((result.data_wait_share or 0.0) for result in of_name),
             "turns": [result.supervised_tokens_per_s for result in of_name],
         }
         for name, of_name in results.items()
@@ -108,7 +109,7 @@ def in_its_own_process(name: str, spec: Spec) -> Result:
     return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def show(title: str, found: dict[str, dict[str, float]]) -> None:
+def show(title: str, found: dict[str, dict[str, Any]]) -> None:
     first = next(iter(found.values()))["supervised_tokens_per_s"]
     print(f"\n{title}\n{'':<12} {'trained tokens/s':>17} {'tokens/s':>9} {'peak GB':>8}  qwen-dist is")
     for name, values in found.items():
@@ -118,6 +119,8 @@ def show(title: str, found: dict[str, dict[str, float]]) -> None:
             f"{values['peak_gb']:>8.2f}  {times}",
             flush=True,
         )
+    if waited := found.get("qwen-dist", {}).get("data_wait_share"):
+        print(f"qwen-dist waited for data {100 * waited:.3f} % of its time")
 
 
 if __name__ == "__main__":

@@ -36,11 +36,12 @@ class Spec:
 
 @dataclass(frozen=True)
 class Result:
-    """Of the timed steps; the first `WARM_UP` are not."""
+    """Of the timed steps; the first `WARM_UP` are not. `data_wait_share` of their time: of qwen-dist alone."""
 
     supervised_tokens_per_s: float
     tokens_per_s: float
     peak_gb: float
+    data_wait_share: float | None = None
 
 
 def ours(spec: Spec) -> Result:
@@ -66,6 +67,7 @@ def ours(spec: Spec) -> Result:
         sum(entry["supervised_tokens"] for entry in steps) / seconds,
         sum(entry["tokens"] for entry in steps) / seconds,
         max(entry["mem_peak_gb"] for entry in steps),
+        sum(entry["data_wait_s"] for entry in steps) / seconds,
     )
 
 
