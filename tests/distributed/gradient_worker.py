@@ -14,6 +14,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -32,14 +33,19 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from launch.runfile.load import load_run
+from launch.start import make_start
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
 from qwen_dist.data.batches import MicroBatch, build_micro_batch
 from qwen_dist.data.cache.prepared import NOT_TRAINED
 from qwen_dist.errors import EnvironmentNotReady
+from qwen_dist.run_dir import RunDir
+from qwen_dist.train import main
 from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.gradients import drop_gradients
 from qwen_dist.train.model.build import unwrapped
+from qwen_dist.train.signals import StopRequest
 from qwen_dist.train.startup import self_test
 from qwen_dist.train.startup.generators import generators_untouched
 from qwen_dist.train.startup.mock_step import compute
@@ -141,10 +147,11 @@ def broken(what: str | None, world: World) -> Iterator[None]:
 
     def leaking(*arguments: Any, **named: Any) -> MicroBatch:
         batch = build_micro_batch(*arguments, **named)
-        length = batch.position_ids_1T.shape[1]
+        length, own = sum(batch.sample_lengths), batch.position_ids_1T.shape[1]
+        first = named["part"][0] * own
         return replace(
             batch,
-            position_ids_1T=torch.arange(length)[None],
+            position_ids_1T=torch.arange(first, first + own)[None],
             sample_lengths=(length,),
             cu_seq_lens=torch.tensor([0, length], dtype=torch.int32),
             max_length=length,
@@ -249,8 +256,31 @@ def gathered(value: Any) -> list[Any]:
     return found
 
 
+def whole_run(job: dict[str, Any], world: World) -> dict[str, Any]:
+    """A run as `qwen-dist train` makes it, by its run file; over a copy of job["before"], as if that had ended there.
+
+    Rank 0 writes the run directory. A process group cannot be joined twice, nor left before the last job.
+    """
+    if world.is_main:
+        folder, before = Path(job["run_dir"]), job["before"]
+        if before is not None:
+            shutil.copytree(before["run_dir"], folder, ignore=shutil.ignore_patterns("outcome.json"))
+            for step in before["undone"]:
+                shutil.rmtree(RunDir(folder).checkpoint(step))
+        start = make_start(load_run(Path(job["run_file"]), ()))
+        start.run_dir.path.mkdir(parents=True, exist_ok=True)
+        start.write()
+    world.all_succeeded(True)
+
+    def joined(_: str, __: float, sequence: int) -> World:
+        return sharing(world, sequence)
+
+    with mock.patch.object(main, "start_world", joined), mock.patch.object(World, "leave", lambda _: None):
+        return {"code": main.main(job["run_dir"], StopRequest())}
+
+
 JOBS: dict[str, Callable[[dict[str, Any], World], dict[str, Any]]] = {
-    "step": one_step, "self-test": tested, "mock": mocked,
+    "step": one_step, "self-test": tested, "mock": mocked, "run": whole_run,
 }  # fmt: skip
 
 

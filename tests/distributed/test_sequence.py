@@ -9,9 +9,23 @@ from typing import Any
 import pytest
 import torch
 
+from qwen_dist.data.order.check_ledger import check_run
+from qwen_dist.report.metrics import read_metrics
+from qwen_dist.run_dir import RunDir
 from tests.distributed.gradient_jobs import run_jobs
+from tests.distributed.runs import DEMO, write_run_file
 from tests.laws.test_one_gradient import (
-    GATHERED, LORA, MODEL, ONE_A_PACK, QWEN2, RECOMPUTE, SELECTIVE, TWO_A_PACK, UNEVEN_WITH_EMPTY, ZERO_2, ZERO_3,
+    GATHERED,
+    LORA,
+    MODEL,
+    ONE_A_PACK,
+    QWEN2,
+    RECOMPUTE,
+    SELECTIVE,
+    TWO_A_PACK,
+    UNEVEN_WITH_EMPTY,
+    ZERO_2,
+    ZERO_3,
     config,
 )  # fmt: skip
 
@@ -65,29 +79,72 @@ def ways() -> dict[int, Ways]:
     return {2: two, 4: four}
 
 
+# One self-test as it is, and one in which samples see each other across the ranks that share a row.
+SELF_TESTS = {"self-test": (None, "full"), "self-test of leaking samples": ("packing", "lora")}
+RUN = {
+    "model": {"precision": "fp32"},
+    "data": {
+        "train": [{"path": str(DEMO / "train.jsonl"), "limit": 60}, {"path": str(DEMO / "eval.jsonl")}],
+        "eval": [{"path": str(DEMO / "eval.jsonl")}], "eval_in_train": "keep", "max_tokens": 400,
+    },
+    "length": {"epochs": 4, "max_steps": 4}, "checkpoint": {"every_steps": 2, "keep": 9}, "zero": {"stage": 2},
+    "evaluation": {"every_steps": 2}, "faults": {"self_test": False, "mock_step": True},
+}  # fmt: skip
+SHARED_RUN = SHARED | {"model": {**RUN["model"], "mlp_tile_tokens": 50}, "zero": {"stage": 3}}
+
+
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Every way to take the step, by name: its loss, gradients, gradient norm and new weights."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Every way to take the step, by name: its loss, gradients, gradient norm and collectives; self-tests and runs."""
     folder = tmp_path_factory.mktemp("sequence")
     for name, model in {"config": MODEL, **MODELS}.items():
         (folder / f"{name}.json").write_text(json.dumps(model))
-    jobs = {
-        world: [
-            {
-                "kind": "step", "name": name, "out": str(folder / f"{world} {name}.pt"), "packs": packs,
-                "has_weights": name.startswith("weighted"), "config": config(folder, packs, **changes),
-            }
+    jobs: dict[int, list[dict[str, Any]]] = {}
+    for world, of_world in {1: references(), **ways()}.items():
+        jobs[world] = [
+            {"kind": "step", "name": name, "packs": packs, "has_weights": name.startswith("weighted")}
+            | {"config": config(folder, packs, **changes)}
             for name, (packs, changes) in of_world.items()
         ]
-        for world, of_world in {1: references(), **ways()}.items()
-    }  # fmt: skip
+    jobs[2] += [
+        {"kind": "self-test", "name": name, "broken": broken}
+        | {"config": config(folder, TWO_A_PACK, **SHARED, **TILED, **METHODS[method])}
+        for name, (broken, method) in SELF_TESTS.items()
+    ]
+    jobs[2] += runs(folder)
+    for job in [job for of_world in jobs.values() for job in of_world]:
+        job["out"] = str(folder / f"{job['name']}.pt")
     run_jobs(folder, jobs)
-    return {Path(job["out"]).stem.partition(" ")[2]: torch.load(job["out"]) for of in jobs.values() for job in of}
+    return {
+        job["name"]: torch.load(job["out"]) | {"run_dir": job.get("run_dir")}
+        for of_world in jobs.values() for job in of_world
+    }  # fmt: skip
+
+
+def runs(folder: Path) -> list[dict[str, Any]]:
+    """A run on whole rows, one on shared rows, and that one gone on with on whole rows after its second step."""
+    plain, shared = (write_run_file(folder / name, "run", **RUN | of) for name, of in WAYS_OF_RUNS.items())
+    resumed = write_run_file(folder / "resumed", "run", **RUN)
+    resumed.write_text(resumed.read_text().replace("config.json", str(shared.with_name("config.json"))))
+    before = {"run_dir": str(folder / "shared" / "runs" / "run"), "undone": [4]}
+    return [
+        {
+            "kind": "run",
+            "name": file.parent.name,
+            "run_file": str(file),
+            "before": of,
+            "run_dir": str(file.parent / "runs" / "run"),
+        }
+        for file, of in ((plain, None), (shared, None), (resumed, before))
+    ]
+
+
+WAYS_OF_RUNS: dict[str, dict[str, Any]] = {"plain": {}, "shared": SHARED_RUN}
 
 
 @pytest.mark.parametrize("name", [name for of_world in ways().values() for name in of_world])
-def test_same_gradient(steps: dict[str, dict[str, Any]], name: str) -> None:
-    expected, found = steps[f"{name.split()[0]} reference"], steps[name]
+def test_same_gradient(results: dict[str, dict[str, Any]], name: str) -> None:
+    expected, found = results[f"{name.split()[0]} reference"], results[name]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
     assert found["gradients"].keys() == expected["gradients"].keys()
@@ -95,3 +152,43 @@ def test_same_gradient(steps: dict[str, dict[str, Any]], name: str) -> None:
         must_be = expected["gradients"][parameter]
         difference = (gradient - must_be).norm() / must_be.norm().clamp(min=1e-12)
         assert difference < 1e-5, (parameter, float(difference))
+    of_ranks = found["collectives"]
+    assert all(of_rank == of_ranks[0] for of_rank in of_ranks), "each rank makes as many collectives"
+
+
+def test_the_self_test_shares_rows_too(results: dict[str, dict[str, Any]]) -> None:
+    found = results["self-test"]
+    assert found["worst"] < 1e-4 and all(found["is_clean"])
+    refused = results["self-test of leaking samples"]["refused"]
+    assert any("samples of a pack see each other" in sentence for sentence in refused)
+    assert all("parallel.sequence 2" in sentence for sentence in refused)
+
+
+def test_a_run_is_the_same(results: dict[str, dict[str, Any]]) -> None:
+    """Losses, of every kind, and held-out losses; also where it goes on without sharing rows."""
+    plain, shared, resumed = (numbers(results[name]) for name in ("plain", "shared", "resumed"))
+    assert list(plain) == list(shared) == list(resumed) == [1, 2, 3, 4]
+    for step, expected in plain.items():
+        assert {"loss", "loss_by_source/train.jsonl", "loss_by_thinking/on", "grad_norm"} <= expected.keys()
+        assert ("eval_loss" in expected) == (step % 2 == 0)
+        for found in (shared[step], resumed[step]):
+            assert found == pytest.approx(expected, rel=1e-5), step
+    assert plain[4]["loss"] < 0.999 * plain[1]["loss"], "so little changes that any weights would do"
+
+
+@pytest.mark.parametrize(("name", "worlds"), [("plain", (2,)), ("shared", (1,)), ("resumed", (1, 2))])
+def test_each_sample_is_recorded_once(results: dict[str, dict[str, Any]], name: str, worlds: tuple[int, ...]) -> None:
+    """By the group of ranks that shared it."""
+    assert results[name]["code"] == 0
+    report = check_run(Path(results[name]["run_dir"]))
+    assert (report.problems, report.num_steps, report.world_sizes) == ((), 4, worlds)
+
+
+def numbers(run: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """Step -> its losses, its gradient's norm and its tokens, and the held-out losses after it."""
+    found: dict[int, dict[str, float]] = {}
+    for entry in read_metrics(RunDir(Path(run["run_dir"])).metrics):
+        of_step = found.setdefault(entry["step"], {})
+        wanted = ("loss", "eval_loss", "grad_norm", "tokens", "supervised_tokens", "lr")
+        of_step |= {key: value for key, value in entry.items() if key.startswith(wanted) and "per_s" not in key}
+    return found
