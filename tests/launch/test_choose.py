@@ -269,9 +269,10 @@ def test_what_cannot_share_or_tile_is_not_proposed():
     assert "parallel.sequence" not in said(ask(gpus=1, host_gb=4000, max_tokens=262_144))
     six = {"gpus": 6, "batch": Batch(packs_per_step=12), "max_tokens": 393_216}
     assert "parallel.sequence" not in said(ask(**six))  # 4 would do, and does not divide 6
+    assert "parallel.sequence" not in said(ask(**six, nodes=2))  # nor are those of two machines proposed
     experts = said(ask(model="Qwen/Qwen3-30B-A3B", max_tokens=262_144))
     assert "parallel.sequence=2" in experts and "mlp_tile_tokens" not in experts
-    long = ask(max_tokens=131_072)
+    long = ask(max_tokens=16_384)
     eager = long.run.model.model_copy(update={"attention": "eager"})
     assert "parallel.sequence" not in said(replace(long, run=long.run.model_copy(update={"model": eager})))
 

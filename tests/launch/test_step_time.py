@@ -101,23 +101,22 @@ LONG = Work(accumulation=8, pack_tokens=131_072, sample_tokens=131_072)
 def test_gpus_that_share_a_pack_share_its_products():
     """A GPU computes a quarter of each pack, of four times as many; a step's tokens and FLOP stay the same."""
     alone = step_time(QWEN3_14B, layout(recomputed_layers=40), node(), LONG)
-    shared = step_time(QWEN3_14B, layout(recomputed_layers=40, sequence=4), node(), replace(LONG, accumulation=32))
+    four = layout(recomputed_layers=40, sequence=4)
+    shared = step_time(QWEN3_14B, four, node(), replace(LONG, accumulation=32))
     assert (shared.tokens, shared.flops) == (alone.tokens, alone.flops)
     assert shared.compute_s == pytest.approx(alone.compute_s, rel=0.02)
-    assert shared.communication_s > alone.communication_s
+    # Nothing runs beside what they exchange.
+    assert shared.communication_s > 32 * exchange_s(QWEN3_14B, four, node(), 131_072 / 4) > alone.communication_s
 
 
 @pytest.mark.parametrize(("sequence", "copies"), [(2, 1), (8, 1), (40, 5)])
 def test_what_gpus_that_share_a_pack_exchange(sequence, copies):
     """Queries and outputs of 5,120, keys and values of 1,024 for each copy: in 2 bytes, there and back, again where a
-    layer is recomputed, all but the own part, at 75 % of the link, and nothing runs beside it."""
+    layer is recomputed, all but the own part, at 75 % of the link."""
     one = layout(sequence=sequence, recomputed_layers=10, gpus_per_node=sequence)
     seconds = exchange_s(QWEN3_14B, one, node(sequence), tokens=1000)
     sent = (2 * 40 + 10) * 1000 * 2 * (2 * 5120 + copies * 2 * 1024) * (sequence - 1) / sequence
     assert seconds == pytest.approx(sent / (0.75 * H100.link_bytes_s))
-    work = replace(LONG, accumulation=1, pack_tokens=1000 * sequence)
-    stages = [step_time(QWEN3_14B, replace(one, sequence=size), node(sequence), work) for size in (1, sequence)]
-    assert stages[1].communication_s > 0.9 * seconds  # the weights' ring is hidden by more computation, or by less
 
 
 def test_a_group_over_machines_exchanges_over_the_network():
@@ -132,13 +131,21 @@ def test_a_group_over_machines_exchanges_over_the_network():
 
 def test_a_tiled_mlp_runs_forward_once_more():
     """Three products of 5,120 x 17,408 in 40 layers, twice a token; not among the FLOP that the model needs."""
-    plain, tiled, small = (
-        step_time(QWEN3_14B, layout(sequence=8, mlp_tile_tokens=tile), node(), LONG) for tile in (None, 4096, 64)
+    plain, tiled = (
+        step_time(QWEN3_14B, layout(sequence=8, mlp_tile_tokens=tile), node(), LONG) for tile in (None, 4096)
     )
     again_s = 2 * 40 * 3 * 5120 * 17_408 * 8 * 131_072 / 8 / (0.62 * 989e12)
     assert again_s < tiled.compute_s - plain.compute_s < 1.25 * again_s  # its bytes, too, and sums of gradients
     assert tiled.flops == plain.flops
-    assert small.compute_s > 1.3 * tiled.compute_s  # of 256 tiles, each waits for its kernels
+
+
+def test_small_tiles_wait_for_their_kernels():
+    work = replace(LONG, sample_tokens=2048)
+    large, small = (
+        step_time(QWEN3_14B, layout("lora", stage=2, sequence=8, mlp_tile_tokens=tile), node(), work)
+        for tile in (4096, 32)
+    )
+    assert small.compute_s > 1.3 * large.compute_s
 
 
 @given(st.integers(0, 39), st.sampled_from(["full", "lora", "qlora"]), st.integers(1, 8))

@@ -83,6 +83,17 @@ def test_what_forward_keeps_and_backward_needs(case: str, share: float) -> None:
     assert peak == pytest.approx(max(counted.forward_peak, counted.backward_peak), rel=0.05)
 
 
+def test_a_gpu_holds_its_part_of_a_pack():
+    """A quarter of it, and of the attention's output also what came back from the others: 2 bytes x 5,120."""
+    shape, tokens = KNOWN_SHAPES["qwen3-14b"], FULL.max_tokens
+    own, quarter = activations_of(shape, FULL, 1.0), replace(FULL, max_tokens=4 * tokens, sequence=4)
+    of_row = activations_of(shape, quarter, 1.0)
+    came_back = (shape.num_layers - 1) * 2 * shape.query_size * tokens  # the last layer copies it anyway
+    assert (of_row.kept - own.kept, of_row.loss) == (came_back, own.loss)
+    odd = activations_of(shape, replace(quarter, max_tokens=4 * tokens - 3), 1.0)
+    assert odd.kept == of_row.kept  # the longest part of a row that does not divide
+
+
 OFFLOADED = {
     "full, all kept": FULL,
     "full, two recomputed": replace(FULL, recomputed_layers=2),
