@@ -7,11 +7,22 @@ from pathlib import Path
 import pytest
 
 from qwen_dist.hardware import GB
-from tests.launch.plan_cases import ACCEPT, CASES, TOKENS, Case, by_hand, documented, table
+from tests.launch.plan_cases import (
+    ACCEPT,
+    CASES,
+    LONG,
+    LONG_TOKENS,
+    SHARING,
+    TABLES,
+    TOKENS,
+    Case,
+    by_hand,
+    documented,
+)
 
 
-def test_the_table_is_what_the_planner_says():
-    assert documented() == table(), f"accept the change with: {ACCEPT}"
+def test_the_tables_are_what_the_planner_says():
+    assert documented() == [make() for make in TABLES], f"accept the change with: {ACCEPT}"
 
 
 def test_the_readme_says_what_the_planner_says():
@@ -28,5 +39,15 @@ def test_a_sum_by_hand_agrees(case: Case, max_tokens: int):
     choice = case.choice(max_tokens)
     if choice is None:
         assert (case.gpus, max_tokens) == ("1 × 24 GB", 32768)
+    else:
+        assert by_hand(choice.chosen.layout) == pytest.approx(choice.chosen.memory.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.method)
+@pytest.mark.parametrize(("sequence", "tile"), SHARING)
+def test_a_sum_by_hand_agrees_of_packs_that_are_shared(case: Case, sequence: int, tile: int | None):
+    choice = case.choice(LONG_TOKENS, sequence, tile)
+    if choice is None:
+        assert (sequence, tile) == (1, None)
     else:
         assert by_hand(choice.chosen.layout) == pytest.approx(choice.chosen.memory.peak, rel=0.05)
