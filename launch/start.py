@@ -32,6 +32,7 @@ from launch.ssh.cluster import Cluster, node_argvs, planned_cluster
 from launch.supervise import read_outcome
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
+from qwen_dist.continuation import unfit_start
 from qwen_dist.errors import EXIT_DONE, EnvironmentNotReady, UserError
 from qwen_dist.gate import gate_problem
 from qwen_dist.lease import held
@@ -121,7 +122,9 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
     per_node = processes_per_node(loaded.run, len(gpus))
     world_size = world_size_of(loaded.run, per_node)
     run = with_recorded_choice(found, loaded.run, world_size)
-    kind: Literal["new", "resume", "done", "failed"] = decide(found, run, run_dir.path, world_size)
+    kind = decide(found, run, run_dir.path, world_size)
+    if kind == "new" and not _is_after_a_stage(loaded) and (problem := unfit_start(run)):
+        raise UserError(problem)
     hardware = hardware_of(run, per_node)
     # What does not fit, and what DeepSpeed cannot do, is refused before the data is tokenized.
     choice = require_choice(question_of(run, hardware))
@@ -149,11 +152,16 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
         run_dir.run_json.name: record,
         run_dir.ds_config.name: deepspeed_config(plan.run, world_size, per_node, plan.shape),
     }
-    problem = None
-    if kind == "resume" and _is_trained(run_dir):
-        problem = _gate_problem(run, run_dir)
-        kind = "done" if problem is None else "failed"
-    return Start(run_dir, kind, plan, files, argv, variables, tuple(elsewhere), problem)
+    end, problem = _end_of(run, run_dir) if kind == "resume" else (None, None)
+    return Start(run_dir, end or kind, plan, files, argv, variables, tuple(elsewhere), problem)
+
+
+def _is_after_a_stage(loaded: Loaded) -> bool:
+    """Whether it starts from another stage of its file: what lies there may be of an earlier file."""
+    run, is_stage = loaded.run, loaded.stage is not None
+    return (
+        is_stage and run.init_from is not None and Path(run.init_from).parent == Path(run.output_dir, run.name).parent
+    )
 
 
 def _as_planned(loaded: Loaded, plan: Plan) -> Loaded:
@@ -223,21 +231,17 @@ def _prepare(run: Run) -> tuple[Prepared, Prepared | None]:
         raise
 
 
-def _is_trained(run_dir: RunDir) -> bool:
-    """Whether the last attempt made the run's last step; one that goes on has the same length (`decide`)."""
-    outcome = read_outcome(run_dir)
-    return outcome is not None and (outcome.is_trained or outcome.exit_code == EXIT_DONE)
+def _end_of(run: Run, run_dir: RunDir) -> tuple[Literal["done", "failed"] | None, str | None]:
+    """Whether the last attempt made the run's last step, and why that does not count as done; (None, None): it did not.
 
-
-def _gate_problem(run: Run, run_dir: RunDir) -> str | None:
-    """Why a trained run does not count as done, by the held-out loss on record; None: it does.
-
-    Without starting the trainer: `evaluation.max_loss` may have changed since it looked.
+    The gate is looked at by the held-out loss on record, without the trainer: `evaluation.max_loss` may have changed.
+    A run that goes on has the same length (`decide`).
     """
     from qwen_dist.train.checkpoint.manifest import losses_of
 
     outcome = read_outcome(run_dir)
-    eval_loss = losses_of(run_dir).get(outcome.step) if outcome is not None and run.data.eval else None
-    if outcome is None or eval_loss is None:
-        return None
-    return gate_problem(outcome.step, eval_loss, run.evaluation.max_loss)
+    if outcome is None or not (outcome.is_trained or outcome.exit_code == EXIT_DONE):
+        return None, None
+    eval_loss = losses_of(run_dir).get(outcome.step) if run.data.eval else None
+    problem = gate_problem(outcome.step, eval_loss, run.evaluation.max_loss) if eval_loss is not None else None
+    return ("done" if problem is None else "failed"), problem

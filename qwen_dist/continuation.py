@@ -1,8 +1,16 @@
-"""Whether a run may start with the weights that another one has trained. Pure."""
+"""Whether a run may start with the weights that another one has trained."""
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
 from qwen_dist.config import Run
+from qwen_dist.run_dir import RunDir
 
 # Of adapters, what decides which weights they are, and what these mean beside the base.
 OF_ADAPTERS = ("kind", "rank", "alpha", "rslora", "dora", "init", "targets")
@@ -31,6 +39,30 @@ def misfit(then: Run, now: Run) -> tuple[str, str] | None:
                 "they were made: make them the same"
             )
     return None
+
+
+def unfit_start(run: Run) -> str | None:
+    """Why `run` cannot start from the run that `init_from` names, by that one's run.json; None: nothing is known."""
+    if run.init_from is None:
+        return None
+    with suppress(ValidationError, KeyError):
+        then = Run.model_validate(record_of(source_of(Path(run.init_from)))["config"])
+        if found := misfit(then, run):
+            return f"{found[0]} {found[1]} (init_from={run.init_from})."
+    return None
+
+
+def source_of(path: Path) -> RunDir:
+    """The run directory that is meant by `init_from`, which names it or a checkpoint in it."""
+    return RunDir(path) if RunDir(path).run_json.is_file() or len(path.parents) < 2 else RunDir(path.parents[1])
+
+
+def record_of(run_dir: RunDir) -> dict[str, Any]:
+    """run.json of another run; empty where it cannot be read."""
+    with suppress(OSError, ValueError):
+        record: dict[str, Any] = json.loads(run_dir.run_json.read_text(encoding="utf-8"))
+        return record
+    return {}
 
 
 def _shown(value: object) -> str:

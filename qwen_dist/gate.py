@@ -21,7 +21,7 @@ def gate_problem(step: int, eval_loss: float, max_loss: float | None) -> str | N
         )
     if max_loss is not None and eval_loss > max_loss:
         return (
-            f"the held-out loss after step {step} is {eval_loss:.6g}, above evaluation.max_loss={max_loss:g}; {kept}: "
+            f"the held-out loss after step {step} is {eval_loss:.7g}, above evaluation.max_loss={max_loss:g}; {kept}: "
             "raise evaluation.max_loss and give the same command to go on with it, or train anew under another name"
         )
     return None

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
 
 from qwen_dist.config import Run
-from qwen_dist.continuation import misfit
+from qwen_dist.continuation import record_of, source_of, unfit_start
 from qwen_dist.errors import UserError
 from qwen_dist.log import get_logger
-from qwen_dist.run_dir import RunDir, write_json
+from qwen_dist.run_dir import RunDir, fsync_file, write_json
 from qwen_dist.train.checkpoint.manifest import committed
 from qwen_dist.train.checkpoint.state import read_state
 from qwen_dist.train.checkpoint.states import restore
@@ -52,29 +48,23 @@ def start_from(engine: Engine, run: Run, run_dir: RunDir, path: Path) -> None:
     restore(engine, folder, masters_only=True)
     if engine.world.is_main:
         record = json.loads(run_dir.run_json.read_text(encoding="utf-8"))
-        born = _record_of(run_dir_of(folder)).get("created")
+        born = record_of(source_of(folder)).get("created")
         write_json(run_dir.run_json, {**record, "started_from": {"checkpoint": str(folder), "created": born}})
     get_logger().info("starting with the weights of %s", folder)
-
-
-def run_dir_of(path: Path) -> RunDir:
-    """The run directory of `init_from`, which names it or a checkpoint in it."""
-    return RunDir(path) if RunDir(path).run_json.is_file() else RunDir(path.parents[1])
 
 
 def _misfit(run: Run, run_dir: RunDir) -> str | None:
     """On rank 0: why the run cannot start from the other one, or None."""
     if committed(run_dir):
         return None  # it has started long since
-    source = run_dir_of(Path(str(run.init_from)))
-    with suppress(ValidationError, KeyError):
-        if found := misfit(Run.model_validate(_record_of(source)["config"]), run):
-            return f"{found[0]} {found[1]} (init_from={run.init_from})."
-    if run.method.init != "pissa":
-        return None
+    problem = unfit_start(run)
+    if problem is not None or run.method.init != "pissa":
+        return problem
+    source = source_of(Path(str(run.init_from)))
     partial = run_dir.adapter_start.with_name(f"{run_dir.adapter_start.name}.incomplete")
     try:
         shutil.copyfile(source.adapter_start, partial)
+        fsync_file(partial)
         partial.replace(run_dir.adapter_start)
     except OSError as error:
         return (
@@ -82,11 +72,3 @@ def _misfit(run: Run, run_dir: RunDir) -> str | None:
             "weights without it; bring it back, or start from another run."
         )
     return None
-
-
-def _record_of(run_dir: RunDir) -> dict[str, Any]:
-    """run.json of another run; empty where it cannot be read."""
-    with suppress(OSError, ValueError):
-        record: dict[str, Any] = json.loads(run_dir.run_json.read_text(encoding="utf-8"))
-        return record
-    return {}

@@ -9,7 +9,8 @@ import pytest
 from qwen_dist.report.metrics import read_metrics
 from tests.distributed.runs import DEMO, SMALL_QWEN3, qwen_dist, write_run_file
 
-LORA = {"kind": "lora", "rank": 4, "alpha": 8}
+# PiSSA's adapters mean nothing without what they began with, which the second run takes over as well.
+LORA = {"kind": "lora", "rank": 4, "alpha": 8, "init": "pissa"}
 
 
 def eval_losses(run_dir: Path) -> list[float]:

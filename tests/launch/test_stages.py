@@ -247,6 +247,31 @@ def test_what_the_verbs_say(staged, cli):
     assert json.loads(cli("inspect", "run.yaml", "--stage", "chat", "--json").out)
 
 
+def test_a_gate_is_held_against_the_loss_on_record(staged, cli):
+    """Without the trainer: raised, the run is done, and on record as such; lowered, a finished run no longer is."""
+    (staged / "plain.yaml").write_text((staged / "run.yaml").read_text().partition("stages:")[0])
+    words = ["train", "plain.yaml", "data.eval=[{path: rows.jsonl}]", "name=gated"]
+    assert cli(*words, "evaluation.max_loss=2", "--dry-run").code == 0
+    run_dir = RunDir(staged / "runs" / "gated")
+    run_dir.checkpoint(15).mkdir(parents=True)
+    manifest = {"format_version": 1, "step": 15, "eval_loss": 2.25, "files": {}}
+    (run_dir.checkpoint(15) / "manifest.json").write_text(json.dumps(manifest))
+    outcome = {"attempt": 1, "step": 15, "is_trained": True, "exit_code": 1, "message": "above"}
+    run_dir.outcome.write_text(json.dumps(outcome))
+    refusal = "error: the held-out loss after step 15 is 2.25, above evaluation.max_loss=2; its checkpoint is kept"
+    assert (cli(*words, "evaluation.max_loss=2").code, cli(*words, "evaluation.max_loss=2").err[: len(refusal)]) == (
+        1,
+        refusal,
+    )
+    done = cli(*words, "evaluation.max_loss=2.25")
+    assert (done.code, done.err) == (0, "") and "runs/gated is finished.\nNext: qwen-dist export runs/gated" in done.out
+    assert json.loads(run_dir.outcome.read_text())["exit_code"] == 0
+    assert json.loads(run_dir.run_json.read_text())["config"]["evaluation"]["max_loss"] == 2.25
+    assert cli(*words, "evaluation.max_loss=2").code == 1, "a lower one holds for a finished run too"
+    (run_dir.checkpoint(15) / "manifest.json").write_text(json.dumps(manifest | {"eval_loss": float("nan")}))
+    assert "is nan, and a run's last one must be finite" in cli(*words).err
+
+
 def test_a_run_without_stages_is_not_overwritten(staged, cli):
     (staged / "runs" / "small").mkdir(parents=True)
     (staged / "runs" / "small" / "run.json").write_text("{}")
@@ -256,6 +281,24 @@ def test_a_run_without_stages_is_not_overwritten(staged, cli):
         "error: runs/small is the run directory of a run without stages; give this one another name, or move that "
         "away.\n",
     )
+
+
+def test_weights_that_do_not_fit_are_refused_before_the_start(staged, cli):
+    """By run.json of the run that is named; of a stage of the same file, what lies there may be of an earlier file."""
+    lora = ["method.kind=lora", "method.rank=4"]
+    assert cli("train", "run.yaml", *lora, "--dry-run").code == 0
+    assert cli("train", "run.yaml", "--dry-run").code == 0, "nothing was trained yet"
+    other = staged / "runs" / "small" / "domain"
+    RunDir(other).checkpoint(3).mkdir(parents=True)
+    (RunDir(other).checkpoint(3) / "manifest.json").write_text("{}")
+    for path in (other, RunDir(other).checkpoint(3)):
+        result = cli("train", "run.yaml", *lora, "name=other", "--init-from", path, "--dry-run")
+        assert (result.code, result.err) == (
+            2,
+            "error: method.kind is lora, and what it starts from was trained with full; make them the same, or export "
+            f"that run and set model.path of a run file of its own to the export (init_from={path}).\n",
+        )
+    assert not (staged / "runs" / "other").exists()
 
 
 def test_the_folder_of_stages_means_the_last_one(tmp_path):
