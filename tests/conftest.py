@@ -24,6 +24,8 @@ SHARED = REPO.parent / "shared"
 OF_ONE_PROCESS = ("export", "serve")
 
 
+# Before pytest-xdist's hook of this name, which reads the groups (3.8).
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests stay in one process where several run side by side: those of a file, or of such a folder."""
     for item in items:
