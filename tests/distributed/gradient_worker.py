@@ -257,16 +257,17 @@ def gathered(value: Any) -> list[Any]:
 
 
 def whole_run(job: dict[str, Any], world: World) -> dict[str, Any]:
-    """A run as `qwen-dist train` makes it, by its run file; over a copy of job["before"], as if that had ended there.
+    """A run as `qwen-dist train` makes it, by its run file; of job["before"], it goes on after some of its steps.
 
     Rank 0 writes the run directory. A process group cannot be joined twice, nor left before the last job.
     """
     if world.is_main:
-        folder, before = Path(job["run_dir"]), job["before"]
+        run_dir, before = RunDir(Path(job["run_dir"])), job["before"]
         if before is not None:
-            shutil.copytree(before["run_dir"], folder, ignore=shutil.ignore_patterns("outcome.json"))
+            shutil.copytree(run_dir.path, before["kept_as"])
+            run_dir.outcome.unlink()
             for step in before["undone"]:
-                shutil.rmtree(RunDir(folder).checkpoint(step))
+                shutil.rmtree(run_dir.checkpoint(step))
         start = make_start(load_run(Path(job["run_file"]), ()))
         start.run_dir.path.mkdir(parents=True, exist_ok=True)
         start.write()

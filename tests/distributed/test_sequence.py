@@ -115,31 +115,31 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     for job in [job for of_world in jobs.values() for job in of_world]:
         job["out"] = str(folder / f"{job['name']}.pt")
     run_jobs(folder, jobs)
-    return {
-        job["name"]: torch.load(job["out"]) | {"run_dir": job.get("run_dir")}
-        for of_world in jobs.values() for job in of_world
-    }  # fmt: skip
+    found = {job["name"]: torch.load(job["out"]) for of_world in jobs.values() for job in of_world}
+    run_dirs = {job["name"]: job["run_dir"] for job in jobs[2] if job["kind"] == "run"}
+    run_dirs["shared"] = str(folder / "finished")
+    return found | {name: found[name] | {"run_dir": run_dir} for name, run_dir in run_dirs.items()}
 
 
 def runs(folder: Path) -> list[dict[str, Any]]:
     """A run on whole rows, one on shared rows, and that one gone on with on whole rows after its second step."""
-    plain, shared = (write_run_file(folder / name, "run", **RUN | of) for name, of in WAYS_OF_RUNS.items())
-    resumed = write_run_file(folder / "resumed", "run", **RUN)
-    resumed.write_text(resumed.read_text().replace("config.json", str(shared.with_name("config.json"))))
-    before = {"run_dir": str(folder / "shared" / "runs" / "run"), "undone": [4]}
+    plain = write_run_file(folder / "runs", "plain", **RUN)
+    shared = write_run_file(folder / "runs", "shared", **RUN | SHARED_RUN)
+    resumed = shared.with_name("resumed.yaml")
+    resumed.write_text(plain.read_text().replace("name: plain", "name: shared"))
+    run_dirs, finished = folder / "runs" / "runs", folder / "finished"
+    before = {"kept_as": str(finished), "undone": [4]}
     return [
+        {"kind": "run", "name": "plain", "run_file": str(plain), "run_dir": str(run_dirs / "plain"), "before": None},
+        {"kind": "run", "name": "shared", "run_file": str(shared), "run_dir": str(run_dirs / "shared"), "before": None},
         {
             "kind": "run",
-            "name": file.parent.name,
-            "run_file": str(file),
-            "before": of,
-            "run_dir": str(file.parent / "runs" / "run"),
-        }
-        for file, of in ((plain, None), (shared, None), (resumed, before))
+            "name": "resumed",
+            "run_file": str(resumed),
+            "run_dir": str(run_dirs / "shared"),
+            "before": before,
+        },
     ]
-
-
-WAYS_OF_RUNS: dict[str, dict[str, Any]] = {"plain": {}, "shared": SHARED_RUN}
 
 
 @pytest.mark.parametrize("name", [name for of_world in ways().values() for name in of_world])
