@@ -88,6 +88,11 @@ def test_json_has_the_same_numbers(mixed: Path, cli: Cli) -> None:
     assert packing["steps_per_epoch"] == -(-packing["packs"] // 4)
     assert packing["balance"]["zero_stage"] == 2  # as a plan would choose for CPU
     assert packing["balance"]["world_size"] == 2 and packing["balance"]["slowest_over_mean"] >= 1
+    shared = json.loads(cli("inspect", "run.yaml", "cluster.gpus_per_node=4", "parallel.sequence=2", "--json").out)
+    # Two groups of two ranks wait for each other as two ranks do.
+    assert shared["packing"]["balance"] == {**packing["balance"], "world_size": 4, "sequence": 2}
+    told = cli("inspect", "run.yaml", "cluster.gpus_per_node=4", "parallel.sequence=2").out
+    assert "slowest of 2 groups of 2 ranks" in told
     assert [one["share_of_rows"] for one in mixture] == [0.2, 0.8]
     assert [one["rows"] for one in mixture] == [6, 24] and mixture[1]["repeats"] == 0.6
     assert sum(one["share_of_tokens"] for one in mixture) == pytest.approx(1, abs=1e-3)
