@@ -118,7 +118,7 @@ class Plan:
         if not layout.spans_machines:
             return ()
         sequence, per_node = layout.sequence, layout.gpus_per_node
-        return (f"parallel.sequence={sequence} shares packs over the network: machines have {per_node} GPUs each.",)
+        return (f"parallel.sequence={sequence} goes over the network: machines have {per_node} GPUs.",)
 
     @property
     def gpu_hours(self) -> float | None:

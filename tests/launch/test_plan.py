@@ -75,7 +75,7 @@ def test_gpus_that_share_packs_are_groups():
 
 def test_packs_that_are_shared_over_the_network_are_a_warning():
     plan = make_plan(make_run(parallel=Parallel(sequence=8)), on(num_gpus=4, nodes=2), COUNTS)
-    said = "parallel.sequence=8 shares packs over the network: machines have 4 GPUs each."
+    said = "parallel.sequence=8 goes over the network: machines have 4 GPUs."
     assert plan_json(plan)["warnings"] == [said] and f"warning    {said}" in plan_text(plan)
 
 
