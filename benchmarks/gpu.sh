@@ -27,6 +27,7 @@ part packing 60 "$python" benchmarks/packing.py --device cuda --json "$folder/pa
 part recompute 60 "$python" benchmarks/recompute.py --device cuda --json "$folder/recompute.json"
 part checkpoint 60 "$python" benchmarks/checkpoint.py --device cuda --processes 1 --json "$folder/checkpoint.json"
 part memory 150 bash -c "'$python' benchmarks/gpu_memory.py --json | tee '$folder/memory.jsonl'"
+part settings 120 "$python" benchmarks/settings.py --turns 1 --only kernels compile adamw_8bit --json "$folder/settings.json"
 part tests 150 "$python" -m pytest -q -p no:cacheprovider tests/gpu
 
 "$python" - "$folder" "$out" <<'END'

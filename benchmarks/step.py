@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Case:
         sample_tokens: of each sample in it.
         supervised_share: of the tokens.
         kernels, attention: as in the run file.
+        settings: more of the run file, section by section.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Case:
     rank: int = 16
     attention: str = "auto"
     kernels: str = "auto"
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def shape(self) -> ModelShape:
@@ -135,23 +137,32 @@ def measure(case: Case) -> dict[str, Any]:
 
 def run_of(case: Case, folder: Path) -> Run:
     """The run file of a case, with its config.json in `folder`."""
-    shape = case.shape
-    return Run.model_validate(
-        {
-            "name": "step",
-            "model": {
-                "path": write_config(shape, folder),
-                "activation_checkpointing": case.recomputed,
-                "attention": case.attention,
-                "kernels": case.kernels,
-            },
-            "method": {"kind": case.method, **({"rank": case.rank} if case.method == "lora" else {})},
-            "data": {"train": [{"path": "unused.jsonl"}], "max_tokens": case.tokens},
-            "batch": {"packs_per_step": 1, "packs_per_micro_batch": 1},
-            "zero": {"stage": 2, "offload": "none", "hpz": False},
-            "cluster": {"device": case.device, "gpus_per_node": 1},
-        }
-    )
+    path = write_config(case.shape, folder)
+    plain: dict[str, Any] = {
+        "model": {
+            "path": with_weights(path) if case.settings.get("method", {}).get("kind") == "qlora" else path,
+            "activation_checkpointing": case.recomputed,
+            "attention": case.attention,
+            "kernels": case.kernels,
+        },
+        "method": {"kind": case.method, **({"rank": case.rank} if case.method == "lora" else {})},
+        "data": {"train": [{"path": "unused.jsonl"}], "max_tokens": case.tokens},
+        "batch": {"packs_per_step": 1, "packs_per_micro_batch": 1},
+        "zero": {"stage": 2, "offload": "none", "hpz": False},
+        "cluster": {"device": case.device, "gpus_per_node": 1},
+    }
+    sections = {name: {**plain.get(name, {}), **case.settings.get(name, {})} for name in {**plain, **case.settings}}
+    return Run.model_validate({"name": "step", **sections})
+
+
+def with_weights(config: str) -> str:
+    """The folder of a config.json, with random bf16 weights beside it: 4 bits are made of weights that are there."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = str(Path(config).parent)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 def matmul_flops(torch: Any, device: Any) -> float:

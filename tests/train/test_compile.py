@@ -11,11 +11,21 @@ from pydantic import ValidationError
 from torch._dynamo.utils import counters
 
 from qwen_dist.config import Run
+from qwen_dist.data.batches import MicroBatch
 from qwen_dist.errors import EnvironmentNotReady
+from qwen_dist.train.engine import summed_loss
 from qwen_dist.train.model.compile import compile_layers
 from qwen_dist.train.model.kernels import use_lean
+from qwen_dist.train.model.losses import add_losses
 from qwen_dist.train.model.recompute import recompute_layers
-from tests.train.test_attention import batch_of, logits_and_gradients, model_of
+from tests.train.test_attention import batch_of, model_of
+
+
+def loss_and_gradients(model: torch.nn.Module, batch: MicroBatch) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss = summed_loss(model, batch, "sdpa", torch.device("cpu"))
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
 
 
 def test_compiled_layers_with_adapters_and_recomputation() -> None:
@@ -25,14 +35,15 @@ def test_compiled_layers_with_adapters_and_recomputation() -> None:
     use_lean(base)
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = get_peft_model(base, config)
+    add_losses(model)
     recompute_layers(model, 1)
-    plain = [logits_and_gradients(model, [batch_of(*pack)], "sdpa") for pack in packs]
+    plain = [loss_and_gradients(model, batch_of(*pack)) for pack in packs]
     torch._dynamo.reset()
     counters.clear()
     compile_layers(model, backend="eager")
     graphs = []
     for pack, expected in zip(packs, plain, strict=True):
-        found = logits_and_gradients(model, [batch_of(*pack)], "sdpa")
+        found = loss_and_gradients(model, batch_of(*pack))
         graphs.append(counters["stats"]["unique_graphs"])
         for ours, reference in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)

@@ -8,6 +8,7 @@ import shutil
 import torch
 
 from qwen_dist.errors import EnvironmentNotReady
+from qwen_dist.train.model.last_layer import selects_its_rows
 from qwen_dist.train.model.recompute import decoder_layers
 
 
@@ -16,7 +17,9 @@ def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:
 
     For any number of tokens at once (`dynamic`): packs are not all full, and with shapes as constants torch would
     compile anew for each until it gave up (8 times, torch 2.13). Padding them would cost tokens instead. Weights keep
-    their shapes; layers of one kind share what was compiled. Recomputation stands around the compiled layer.
+    their shapes; layers of one kind share what was compiled. Recomputation stands around the compiled layer. A last
+    layer that computes only some rows (`last_layer.py`) stays as it is: a hook inside it reads which ones, and torch
+    (2.13) compiles what that hook saw the first time.
 
     Args:
         model: a causal language model with its adapters.
@@ -32,4 +35,5 @@ def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:
             "model.compile=false."
         )
     for layer in decoder_layers(model):
-        layer.compile(dynamic=True, backend=backend)
+        if not selects_its_rows(layer):
+            layer.compile(dynamic=True, backend=backend)

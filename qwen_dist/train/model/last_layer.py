@@ -37,10 +37,15 @@ def select_rows(model: torch.nn.Module) -> bool:
     """
     layer = unwrapped(model).model.layers[-1]
     if type(layer) not in KNOWN_LAYERS:
-        return isinstance(layer, _RowsMixin)
+        return selects_its_rows(layer)
     layer.__class__ = _with_rows(type(layer))
     layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: (_rows_of(inputs[0], layer.chosen_N),))
     return True
+
+
+def selects_its_rows(layer: torch.nn.Module) -> bool:
+    """Whether a layer has been through `select_rows`."""
+    return isinstance(layer, _RowsMixin)
 
 
 class _RowsMixin:
