@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
 
+from launch import train_here
 from launch.runfile.load import load_run, load_runs, warnings_of
 from launch.stages import last_stage
 from qwen_dist.errors import UserError
@@ -214,6 +217,28 @@ def test_a_dry_run_writes_every_stage(staged, cli):
     assert (result.code, result.out) == (2, "")
     assert "error: stage chat starts from domain, which is not finished; " in result.err
     assert snapshot(folder) == before
+    RunDir(staged / "other").checkpoint(1).mkdir(parents=True)
+    (RunDir(staged / "other").checkpoint(1) / "manifest.json").write_text("{}")
+    result = cli("train", "run.yaml", "--stage", "chat", "--init-from", "other", "--dry-run")
+    assert (result.code, "error: --init-from is for the first stage, and --stage chat starts" in result.err) == (
+        2,
+        True,
+    )
+
+
+def test_a_stop_in_the_last_moment_of_a_stage_is_kept(staged, cli, monkeypatch):
+    """Its ranks have ended well and heard nothing of it: the next stage must not start."""
+    begun = []
+
+    def ended_well(loaded, *_, **__):
+        begun.append(loaded.stage)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(train_here, "train_run", ended_well)
+    result = cli("train", "run.yaml")
+    assert (result.code, begun) == (75, ["domain"]), result.err
+    assert result.out.endswith("\nStopped before stage chat. The same command goes on with it.\n")
 
 
 def test_a_chain_of_jobs_is_planned_without_slurm(staged, cli):

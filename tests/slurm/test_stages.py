@@ -39,6 +39,11 @@ def test_a_stage_waits_for_the_one_before_it_and_for_its_gate(slurm_environment,
     slurm(slurm_environment, "scancel", "--batch", "--signal=USR1", first)
     again = jobs.qwen_dist(slurm_environment, "submit", *words, expected_code=2).stderr
     assert f"job {second} (PENDING) is at work in " in again, "both stages are queued already"
+    slurm(slurm_environment, "scancel", second)
+    again = jobs.qwen_dist(slurm_environment, "submit", *words).stdout
+    assert f"\nStage domain is job {first} (" in again
+    ((stage, second),) = re.findall(rf"/chain/(\w+) as job (\d+), after job {first} has ended well", again)
+    assert stage == "chat"
 
     assert wait_for_end(slurm_environment, bad, refused / "domain")["ExitCode"] == "1:0"
     told = said(refused / "domain", bad)
