@@ -37,7 +37,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def base_of(device: str, method: str) -> Case:
-    """A step that every setting fits into, on a GPU of 80 GB too: 8 of Qwen3-14B's 40 layers, and on a CPU small ones."""
+    """A step that every setting fits into, on a GPU of 80 GB too: 8 of Qwen3-14B's 40 layers; on a CPU small ones."""
     if device == "cpu":
         return Case("small", method, 8, 0, 1024, 256, 0.5, 6, device)
     return Case("qwen3-14b", method, 8, 0, 8192, 4096, 0.5, 6, device)
