@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 SLURM := tests/slurm/cluster.sh
-# Tests of one process side by side on all cores; then, one at a time, those that start ranks, batch jobs and GPU work.
+# Tests of one process side by side on all cores, a file at a time (pytest-xdist 3.8 has lost its groups with pytest 9.2)
+# and the long ones first; then, one at a time, those that start ranks, batch jobs and GPU work.
+LONG_TESTS := tests/laws/ tests/export/ tests/memory/
 RANK_TESTS := tests/distributed/ tests/slurm/ tests/gpu/
 ALL_TESTS := $(wildcard tests/test_*.py) $(sort $(dir $(wildcard tests/*/test_*.py)))
 
@@ -18,7 +20,8 @@ demo: $(STAMP) ## Train, export and chat with a small Qwen on 2 CPU processes (a
 
 test: $(STAMP) ## Run all tests that this machine can run
 	@failed=0; \
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(filter-out $(RANK_TESTS),$(ALL_TESTS)) || failed=1; \
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+	  $(LONG_TESTS) $(filter-out $(LONG_TESTS) $(RANK_TESTS),$(ALL_TESTS)) || failed=1; \
 	$(VENV)/bin/python -m pytest $(filter $(ALL_TESTS),$(RANK_TESTS)) || failed=1; \
 	exit $$failed
 	@echo

@@ -20,19 +20,6 @@ REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
 
 
-# Folders whose tests share a model that is trained once a process.
-OF_ONE_PROCESS = ("export", "serve")
-
-
-# Before pytest-xdist's hook of this name, which reads the groups (3.8).
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests stay in one process where several run side by side: those of a file, or of such a folder."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder in OF_ONE_PROCESS else str(item.path)))
-
-
 def shared_path(*parts: str) -> Path:
     """A path under ../shared; the test that asks is skipped where it does not exist."""
     path = SHARED.joinpath(*parts)
