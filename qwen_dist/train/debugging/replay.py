@@ -193,11 +193,14 @@ def _about(
 ) -> list[tuple[str, str]]:
     entry = recorded.entry
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    is_shared = run.parallel.sequence > 1
+    who = f"{'group of ranks' if is_shared else 'rank'} {entry.rank} of {entry.world_size}"
+    masks = ", masks of dropout other than in training" if is_shared and run.method.dropout else ""
     return [
-        ("run", f"{run.name}: step {entry.step} of attempt {entry.attempt}, rank {entry.rank} of {entry.world_size}"),
+        ("run", f"{run.name}: step {entry.step} of attempt {entry.attempt}, {who}"),
         ("model", shown(run.model.path)),
         ("weights", str(weights)),
-        ("computes", f"{run.method.kind}, {run.model.precision}, on {where}, without DeepSpeed"),
+        ("computes", f"{run.method.kind}, {run.model.precision}, on {where}, without DeepSpeed{masks}"),
         ("attention", attention),
         ("checks", f"deterministic where torch can, anomalies of autograd, seed {run.seed}"),
     ]
