@@ -15,7 +15,7 @@ from launch.runfile.load import load_run, load_runs, warnings_of
 from launch.stages import last_stage
 from qwen_dist.errors import UserError
 from qwen_dist.run_dir import RunDir
-from tests.launch.conftest import snapshot
+from tests.launch.conftest import REPO, snapshot
 
 HEAD = """\
 name: support
@@ -71,6 +71,12 @@ def test_each_stage_is_a_run_laid_over_what_stands_beside_it(write, tmp_path):
         "data.max_tokens": "run.yaml:3", "data.train.0.limit": "run.yaml:11", "optim.lr": "run.yaml:13",
         "length.epochs": "default",
     }  # fmt: skip
+
+
+def test_the_example_of_the_documentation(write):
+    text = (REPO / "docs" / "stages.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    domain, chat = (loaded.run for loaded in load_runs(write(text), environ={}))
+    assert (domain.length.epochs, domain.evaluation.max_loss, chat.optim.lr) == (1, 2.4, 1e-5)
 
 
 def test_what_is_set_outside_of_the_file_is_for_all_stages_or_for_one(write):
