@@ -175,9 +175,9 @@ def check_data(
 def differences(then: Run, now: Run) -> list[tuple[str, Any, Any]]:
     """(key, old, new) of every setting that differs and matters to the run's course, in the run file's order."""
     old, new = flat(then.model_dump(mode="json")), flat(now.model_dump(mode="json"))
-    for settings, run in ((old, then), (new, now)):  # a run that it starts from moves with the output directory
-        if run.init_from is not None:
-            settings["init_from"] = os.path.relpath(run.init_from, run.output_dir)
+    if then.init_from and now.init_from:  # a run of the same output directory moves with it
+        before, after = (os.path.relpath(run.init_from or "", run.output_dir) for run in (then, now))
+        new["init_from"] = old["init_from"] if before == after else new["init_from"]
     return [
         (key, old.get(key), new.get(key))
         for key in {**new, **old}

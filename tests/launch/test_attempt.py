@@ -46,6 +46,17 @@ def test_where_data_lies_may_change():
     assert decide(found(then), now, PATH, 8) == "resume"
 
 
+def test_the_run_that_it_starts_from_may_move_with_the_output_directory():
+    def run(folder: str, init_from: str) -> Run:
+        return RUN.model_copy(update={"output_dir": folder, "init_from": init_from})
+
+    for now in (run("/b", "/b/first"), run("/a", "/a/first"), run("/b", "/a/first")):
+        assert differences(run("/a", "/a/first"), now) == []
+    changed = [("init_from", "/a/first", "/b/other")]
+    assert differences(run("/a", "/a/first"), run("/b", "/b/other")) == changed
+    assert differences(RUN, run("runs", "/b/other")) == [("init_from", None, "/b/other")]
+
+
 def test_the_first_differences_are_named():
     other = Run(name="r", model=Model(path="m2"), data=Data(train=(Source(path="y"),), max_tokens=64), seed=3)
     assert differences(other, RUN) == [

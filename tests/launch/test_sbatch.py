@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.sbatch import sbatch_text, time_limit_s
+from launch.slurm.mounts import mounts_of
 from launch.slurm.options import OURS, sbatch_options, without_overrides
 from launch.slurm.stop_lead import stop_lead_s
 from qwen_dist.config import Cluster, Data, Model, Run, Source
@@ -153,6 +154,14 @@ def test_line_breaks_are_refused(key, sign):
     value = with_text(TEXTS[key], f"a{sign}#SBATCH --reservation=x")
     with pytest.raises(UserError, match="which a batch script cannot; remove it"):
         sbatch_text(make_run(**{key: value}), Path("/r"), "py")
+
+
+def test_a_container_sees_the_run_that_it_starts_from():
+    run = make_run(container={"kind": "apptainer", "image": "i"})
+    assert mounts_of(run) == ["/data/runs:/data/runs", "/rows:/rows"]
+    for init_from, more in (("/data/runs/first", []), ("/old/first", ["/old/first:/old/first"])):
+        found = mounts_of(run.model_copy(update={"init_from": init_from}))
+        assert found == ["/data/runs:/data/runs", *more, "/rows:/rows"]
 
 
 @pytest.mark.parametrize("mounts", [("/a\n/b",), ("/a,/b",)])
