@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_dist.config import Batch, Data, Method, Model, Run, Source, Zero
+from qwen_dist.config import Batch, Data, Method, Model, Parallel, Run, Source, Zero
 from qwen_dist.train.faults.out_of_memory import Held, advice, asked_bytes, gpu_words, planned
 
 GB = 10**9
@@ -17,17 +17,18 @@ RUN = Run(
     batch=Batch(packs_per_micro_batch=4),
     zero=Zero(stage=2, offload="none"),
 )
+DATA_LONG = Data(train=(Source(path="x"),), max_tokens=65536)
 
 
 def test_the_cheapest_change_comes_first() -> None:
-    assert advice(RUN, 40, is_batch=True) == [
+    assert advice(RUN, 40, is_batch=True, world_size=1) == [
         "model.activation_checkpointing=true (now 12 of 40 layers)",
         "batch.packs_per_micro_batch=2 (now 4)",
         "data.max_tokens lower (now 8,192)",
         "zero.stage=3",
         "zero.offload=optimizer",
     ]
-    assert advice(RUN, 40, is_batch=False)[:2] == ["zero.stage=3", "zero.offload=optimizer"]
+    assert advice(RUN, 40, is_batch=False, world_size=1)[:2] == ["zero.stage=3", "zero.offload=optimizer"]
 
 
 def test_only_what_can_still_be_changed_is_advised() -> None:
@@ -38,9 +39,21 @@ def test_only_what_can_still_be_changed_is_advised() -> None:
             "zero": Zero(stage=3, offload="all"),
         }
     )
-    assert advice(tight, 40, is_batch=True) == ["data.max_tokens lower (now 8,192)"]
+    assert advice(tight, 40, is_batch=True, world_size=1) == ["data.max_tokens lower (now 8,192)"]
     qlora = tight.model_copy(update={"method": Method(kind="qlora"), "zero": Zero(stage=2, offload="optimizer")})
-    assert advice(qlora, 40, is_batch=True) == ["data.max_tokens lower (now 8,192)"]
+    assert advice(qlora, 40, is_batch=True, world_size=1) == ["data.max_tokens lower (now 8,192)"]
+
+
+def test_a_pack_too_long_for_a_gpu_is_shared_or_computed_in_tiles() -> None:
+    model, batch, zero = Model(path="m", activation_checkpointing=True), Batch(packs_per_micro_batch=1), Zero(stage=3)
+    long = RUN.model_copy(update={"model": model, "batch": batch, "zero": zero, "data": DATA_LONG})
+    assert advice(long, 40, is_batch=True, world_size=8)[:3] == [
+        "parallel.sequence=2 (now 1)",
+        "model.mlp_tile_tokens=8192",
+        "data.max_tokens lower (now 65,536)",
+    ]
+    shared = long.model_copy(update={"parallel": Parallel(sequence=8)})
+    assert advice(shared, 40, is_batch=True, world_size=8)[0] == "data.max_tokens lower (now 65,536)"
 
 
 @pytest.mark.parametrize(

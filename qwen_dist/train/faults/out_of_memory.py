@@ -30,6 +30,8 @@ GB = 1e9
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 # A part that is so much larger than planned has grown; less is rounding and fragmentation.
 GROWN = 1.05
+# Of an MLP: a tile of Qwen3-14B then takes about 1 GB.
+TILE_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -87,20 +89,25 @@ def told(job: Job, step: int, taken: StepInput, resting: int, error: str) -> str
         )
     held = gpu_facts(job, resting, error) if is_cuda else None
     facts = gpu_words(held) if held is not None else host_words()
-    changes = ", or ".join(advice(job.run, num_layers_of(job.engine.ds_engine.module), is_batch))
+    changes = ", or ".join(advice(job.run, num_layers_of(job.engine.ds_engine.module), is_batch, world.world_size))
     replay = f"qwen-dist train --replay {shown(str(job.run_dir.path))} --step {step} --rank {world.data_rank}"
     return f"Out of memory in step {step} on rank {world.rank}, {doing}: {facts}. Set {changes}; see it with {replay}."
 
 
-def advice(run: Run, num_layers: int, is_batch: bool) -> list[str]:
+def advice(run: Run, num_layers: int, is_batch: bool, world_size: int) -> list[str]:
     """What to change, the cheapest first; after an update, what makes the optimizer smaller comes first."""
-    recomputed, packs = run.num_recomputed(num_layers), run.packs_per_micro_batch
+    recomputed, packs, sequence = run.num_recomputed(num_layers), run.packs_per_micro_batch, run.parallel.sequence
     smaller_batch = []
     if recomputed < num_layers:
         now = f"now {recomputed} of {counted(num_layers, 'layer')}"
         smaller_batch.append(f"model.activation_checkpointing=true ({now})")
     if packs > 1:
         smaller_batch.append(f"batch.packs_per_micro_batch={packs // 2} (now {packs})")
+    elif recomputed == num_layers:  # a pack of its own is too long
+        if world_size % (2 * sequence) == 0:
+            smaller_batch.append(f"parallel.sequence={2 * sequence} (now {sequence})")
+        if run.model.mlp_tile_tokens is None and run.data.max_tokens > TILE_TOKENS * sequence:
+            smaller_batch.append(f"model.mlp_tile_tokens={TILE_TOKENS}")
     smaller_batch.append(f"data.max_tokens lower (now {run.data.max_tokens:,})")
     smaller_states = []
     if run.zero_stage == 2 and run.method.kind != "qlora":

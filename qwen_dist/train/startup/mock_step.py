@@ -170,7 +170,9 @@ def too_large(job: Job, largest: Largest, resting: int, error: str) -> str:
     """The sentence that ends a run whose largest micro-batch does not fit; `resting` bytes were allocated before it."""
     is_cuda = job.engine.world.device.type == "cuda"
     facts = gpu_words(gpu_facts(job, resting, error)) if is_cuda else host_words()
-    changes = ", or ".join(advice(job.run, num_layers_of(job.engine.ds_engine.module), True))
+    changes = ", or ".join(
+        advice(job.run, num_layers_of(job.engine.ds_engine.module), True, job.engine.world.world_size)
+    )
     return (
         f"Out of memory before step 1, in the mock step on rank {job.engine.world.rank} ({largest.tokens:,} tokens, "
         f"the most that a micro-batch of this run can hold): {facts}. Set {changes}."
