@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -43,6 +44,7 @@ from qwen_dist.errors import EnvironmentNotReady
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train import main
 from qwen_dist.train.engine import Engine, make_engine
+from qwen_dist.train.faults.suspects import suspects_by_gradient
 from qwen_dist.train.gradients import drop_gradients
 from qwen_dist.train.model.build import unwrapped
 from qwen_dist.train.signals import StopRequest
@@ -280,8 +282,28 @@ def whole_run(job: dict[str, Any], world: World) -> dict[str, Any]:
         return {"code": main.main(job["run_dir"], StopRequest())}
 
 
+def suspected(job: dict[str, Any], world: World) -> dict[str, Any]:
+    """Whom `suspects_by_gradient` finds, where a gradient is NaN on one rank alone, in its second micro-batch."""
+    run, engine = engine_of(job, world)
+    batches, step_weight = batches_of(job, run, engine.world)
+    passes = iter(range(len(batches)))
+    weight = unwrapped(engine.ds_engine.module).model.norm.weight
+    hook = weight.register_hook(lambda grad: grad * (float("nan") if is_bad(next(passes)) else 1))
+
+    def is_bad(number: int) -> bool:
+        return (world.rank, number) == (job["rank"], 1)
+
+    def packs_of(_: int, group: int, groups: int) -> list[np.ndarray]:
+        return [np.array(pack) for pack in job["packs"][group::groups]]
+
+    found = suspects_by_gradient(engine, batches, step_weight, SimpleNamespace(packs_of=packs_of), 1)
+    hook.remove()
+    engine.ds_engine.destroy()
+    return {"found": gathered([(at.rank, at.number, at.samples_N.tolist(), at.what) for at in found])}
+
+
 JOBS: dict[str, Callable[[dict[str, Any], World], dict[str, Any]]] = {
-    "step": one_step, "self-test": tested, "mock": mocked, "run": whole_run,
+    "step": one_step, "self-test": tested, "mock": mocked, "run": whole_run, "suspects": suspected,
 }  # fmt: skip
 
 

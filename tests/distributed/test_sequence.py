@@ -112,6 +112,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         for name, (broken, method) in SELF_TESTS.items()
     ]
     jobs[2] += runs(folder)
+    jobs[4] += [
+        {"kind": "suspects", "name": "suspects", "packs": UNEVEN_WITH_EMPTY, "has_weights": False, "rank": 1}
+        | {"config": config(folder, UNEVEN_WITH_EMPTY, **SHARED, **ZERO_2)}
+    ]
     for job in [job for of_world in jobs.values() for job in of_world]:
         job["out"] = str(folder / f"{job['name']}.pt")
     run_jobs(folder, jobs)
@@ -182,6 +186,12 @@ def test_each_sample_is_recorded_once(results: dict[str, dict[str, Any]], name: 
     assert results[name]["code"] == 0
     report = check_run(Path(results[name]["run_dir"]))
     assert (report.problems, report.num_steps, report.world_sizes) == ((), 4, worlds)
+
+
+def test_all_ranks_name_the_group_whose_gradient_is_not_finite(results: dict[str, dict[str, Any]]) -> None:
+    """Of groups of ranks 0 and 1, and 2 and 3, each with two packs: rank 1 met it in the group's second."""
+    expected = (0, 2, UNEVEN_WITH_EMPTY[2], "first in model.norm.weight")
+    assert results["suspects"]["found"] == 4 * [[expected]]
 
 
 def numbers(run: dict[str, Any]) -> dict[int, dict[str, float]]:
