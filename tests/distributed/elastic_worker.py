@@ -1,6 +1,6 @@
 """The trainer on one run directory after the other, in the same processes; what each resumed with is written again.
 
-    deepspeed --no_local_rank --num_gpus 3 tests/distributed/elastic_worker.py RUN_DIR ...
+    tests/distributed/elastic_worker.py RUN_DIR ...
 
 Right after a checkpoint is restored, before any step, every rank writes its states to RUN_DIR/restored.
 """

@@ -1,7 +1,7 @@
 """The trainer on one rank of which hardware computes wrongly from some step on: a bit of a frozen weight is flipped,
 or a value of each gradient of one weight is NaN.
 
-    deepspeed --no_local_rank --num_gpus 2 tests/distributed/flip_worker.py RUN_DIR RANK STEP weight|gradient
+    tests/distributed/flip_worker.py RUN_DIR RANK STEP weight|gradient
 
 The run directory is one that `qwen-dist train --dry-run` wrote. The fault begins after step STEP; all else is the
 trainer's own.

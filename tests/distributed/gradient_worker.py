@@ -1,6 +1,6 @@
 """Real DeepSpeed processes that take optimizer steps, as many of them as each job asks for.
 
-    python tests/distributed/gradient_worker.py JOBS.json
+    tests/distributed/gradient_worker.py JOBS.json
 
 JOBS.json is {"1": [job, ...], "2": [...], "4": [...]}: the jobs of so many processes. Libraries are imported once, then
 each world is forked: seven processes would take a minute of two cores to import them. A job is {"kind", "name", "out",

@@ -1,6 +1,6 @@
 """Gradients and losses that are not finite, on real DeepSpeed processes; each rank writes what it saw.
 
-    deepspeed --no_local_rank --num_gpus 2 tests/distributed/numbers_worker.py SPECS.json OUT
+    tests/distributed/numbers_worker.py SPECS.json OUT
 
 SPECS.json is a list of {"name", "config"}. For each, an engine makes step A and step C, and another one of the same
 seed makes A, then steps that must be dropped, then C: both must end with the same bits.

@@ -1,6 +1,6 @@
 """Trains a small Qwen3 with one DeepSpeed config after another; rank 0 writes the loss of each step.
 
-    deepspeed --no_local_rank --num_gpus 2 tests/distributed/preset_worker.py CONFIGS.json LOSSES.json
+    tests/distributed/preset_worker.py CONFIGS.json LOSSES.json
 
 CONFIGS.json: name -> DeepSpeed config. Nothing of this project takes part, as where someone uses a preset elsewhere:
 a plain transformers model, torch's AdamW and `deepspeed.initialize`.

@@ -16,9 +16,13 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from launch.runfile.load import load_run
+from launch.start import Start, make_start
+from launch.supervise import read_outcome
 from qwen_dist.report.metrics import read_metrics
 from qwen_dist.train.checkpoint.reader import Saved
 from qwen_dist.train.checkpoint.state import read_state
+from tests.ranks import try_ranks
 
 REPO = Path(__file__).resolve().parents[2]
 DEMO = REPO / "examples" / "demo"
@@ -90,6 +94,26 @@ def finish(process: subprocess.Popen, expected_code: int = 0, timeout_s: float =
 def qwen_dist(*arguments: str, expected_code: int = 0) -> str:
     """`qwen-dist ARGUMENTS` to its end; its output."""
     return finish(start(*arguments), expected_code)
+
+
+def made(run_file: Path, *overrides: str) -> Start:
+    """What `qwen-dist train RUN_FILE OVERRIDES --dry-run` makes, in this process: a run directory to start in."""
+    start = make_start(load_run(run_file, overrides))
+    assert start.kind != "done"
+    start.run_dir.path.mkdir(parents=True, exist_ok=True)
+    start.write()
+    return start
+
+
+def train(run_file: Path, *overrides: str, expected_code: int = 0) -> str:
+    """As `qwen-dist train`, but for its launcher: ranks that have done their imports; what they printed."""
+    start = made(run_file, *overrides)
+    start.run_dir.outcome.unlink(missing_ok=True)
+    codes, printed = try_ranks(start.plan.hardware.world_size, "-m", "qwen_dist.train", str(start.run_dir.path))
+    found = read_outcome(start.run_dir)
+    assert found is not None and found.exit_code == expected_code, (found, codes, *printed)
+    assert all(codes) == bool(expected_code), (codes, *printed)
+    return "".join(printed)
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen, timeout_s: float = 240) -> None:

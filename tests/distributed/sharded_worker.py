@@ -1,6 +1,6 @@
 """Builds a model under ZeRO-3 and writes, for each rank, how much of it that rank holds.
 
-deepspeed --no_local_rank --num_gpus 2 tests/distributed/sharded_worker.py RUN.json OUT_FOLDER
+tests/distributed/sharded_worker.py RUN.json OUT_FOLDER
 """
 
 from __future__ import annotations

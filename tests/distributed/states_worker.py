@@ -1,6 +1,6 @@
 """One engine after the other takes over the states of the one before; rank 0 writes what it saw.
 
-    deepspeed --no_local_rank --num_gpus 2 tests/distributed/states_worker.py JOBS.json OUT_FOLDER
+    tests/distributed/states_worker.py JOBS.json OUT_FOLDER
 
 JOBS.json: a list of {"name", "before", "first_step", "num_steps", "config"}. An engine of each config restores what the
 engine named in "before" saved (OUT_FOLDER/<name>), if there is one,

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train.debugging.replay import replay
-from tests.distributed.runs import CLI, DEMO, qwen_dist, step_metrics, write_run_file
+from tests.distributed.runs import CLI, DEMO, qwen_dist, step_metrics, train, write_run_file
 
 pytestmark = pytest.mark.distributed
 
@@ -34,7 +34,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "eval.jsonl").write_text("".join(rows[:20]), encoding="utf-8")
     held_out = {"eval": [{"path": str(folder / "eval.jsonl")}], "eval_in_train": "drop"}
     sections = {"model": FP32, "checkpoint": SAVED, "length": STEPS, "zero": {"stage": 3}, "data": held_out}
-    qwen_dist("train", str(write_run_file(folder, "run", **sections)))
+    train(write_run_file(folder, "run", **sections))
     return folder / "runs" / "run"
 
 

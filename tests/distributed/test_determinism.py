@@ -9,7 +9,7 @@ import pytest
 
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train.debugging.replay import replay
-from tests.distributed.runs import qwen_dist, step_metrics, write_run_file
+from tests.distributed.runs import step_metrics, train, write_run_file
 
 pytestmark = pytest.mark.distributed
 
@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "alone": {"cluster": {"gpus_per_node": 1}},
     }
     for name, sections in ways.items():
-        words = qwen_dist("train", str(write_run_file(folder, name, **SECTIONS, **sections)))
+        words = train(write_run_file(folder, name, **SECTIONS, **sections))
         assert ("gradient self-test: 28 parameters within" in words) == ("mock step: 512 tokens" in words)
         assert ("mock step" in words) == (name == "again")
     return {name: folder / "runs" / name for name in ways}

@@ -19,7 +19,7 @@ from tests.distributed.ranks import DEADLINE_S, Ranks, strike
 from tests.distributed.runs import (
     DEMO,
     finish,
-    qwen_dist,
+    made,
     rank_processes,
     start,
     wait_for_step,
@@ -50,8 +50,7 @@ def written(folder: Path, name: str, **sections: Any) -> Path:
         data={"eval": [{"path": str(folder / "eval.jsonl")}], "eval_in_train": "drop"},
         **{"evaluation": {"every_steps": 4}, "faults": {"hang_timeout_s": HANG_TIMEOUT_S}, **sections},
     )  # fmt: skip
-    qwen_dist("train", str(run_file), "--dry-run")
-    return folder / "runs" / name
+    return made(run_file).run_dir.path
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:

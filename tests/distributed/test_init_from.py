@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen_dist.report.metrics import read_metrics
-from tests.distributed.runs import DEMO, SMALL_QWEN3, qwen_dist, write_run_file
+from tests.distributed.runs import DEMO, SMALL_QWEN3, qwen_dist, train, write_run_file
 
 # PiSSA's adapters mean nothing without what they began with, which the second run takes over as well.
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "init": "pissa"}
@@ -27,13 +27,13 @@ def test_it_begins_where_the_other_ended(kind: str, tmp_path: Path) -> None:
         tmp_path, "first", SMALL_QWEN3, **common, zero={"stage": 2}, length={"max_steps": 4},
         checkpoint={"every_steps": 9},
     )  # fmt: skip
-    qwen_dist("train", str(first))
+    train(first)
     second = write_run_file(
         tmp_path, "second", SMALL_QWEN3, **common, zero={"stage": 3}, length={"max_steps": 1},
         cluster={"gpus_per_node": 1}, optim={"lr": 1e-12, "weight_decay": 0.0},
     )  # fmt: skip
     source = tmp_path / "runs" / "first"
-    told = qwen_dist("train", str(second), "--init-from", str(source))
+    told = train(second, f"init_from={source}")
     assert f"starting with the weights of {source / 'checkpoints' / 'step_00000004'}" in told
     (ended,), begun = eval_losses(source), eval_losses(tmp_path / "runs" / "second")
     assert begun == [pytest.approx(ended, rel=1e-6)]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import socket
 import subprocess
 import sys
 from collections import defaultdict
@@ -34,13 +32,16 @@ from tests.distributed.runs import (
     SMALL_QWEN3,
     engine_tensors,
     finish,
+    made,
     qwen_dist,
     rank_processes,
     start,
     step_metrics,
+    train,
     wait_for_step,
     write_run_file,
 )
+from tests.ranks import run_ranks, try_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -70,7 +71,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
     (folder / "config.json").write_text(json.dumps(TINY))
     specs = [{"name": name, "config": engine_config(folder, **changes)} for name, changes in ENGINES.items()]
     (folder / "specs.json").write_text(json.dumps(specs))
-    run_worker("numbers_worker.py", str(folder / "specs.json"), str(folder))
+    run_ranks(2, "tests/distributed/numbers_worker.py", str(folder / "specs.json"), str(folder))
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -89,22 +90,11 @@ def engine_config(folder: Path, **changes: dict) -> dict:
     return run
 
 
-def run_worker(name: str, *arguments: str, expected_code: int = 0) -> str:
-    """A script of this folder on two ranks of DeepSpeed's runner; what it printed."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2"]
-    done = subprocess.run(
-        [*command, f"--master_port={free_port()}", f"tests/distributed/{name}", *arguments],
-        cwd=REPO, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == expected_code, (done.stdout + done.stderr)[-4000:]
-    return done.stdout + done.stderr
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+def run_broken(run_dir: RunDir, fault: str) -> str:
+    """The run with a fault of rank 1's hardware after step 6, which ends it; what its ranks printed."""
+    codes, printed = try_ranks(2, "tests/distributed/flip_worker.py", str(run_dir.path), "1", "6", fault)
+    assert codes == [1, 1], printed
+    return "".join(printed)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -202,9 +192,9 @@ def test_nan_stops_is_named_can_be_replayed_and_passed_over(
         replay(RunDir(stopped), POISONED_STEP, poison.rank, as_json=True)
     assert "embed_tokens" in capsys.readouterr().out
 
-    words = qwen_dist("train", str(run_file), "faults.on_nonfinite=skip")
+    words = train(run_file, "faults.on_nonfinite=skip")
     assert "The step makes no update (1 of at most 10 skipped steps)." in words
-    qwen_dist("train", str(poisoned_run(tmp_path, poison, "skipped", on_nonfinite="skip")))
+    train(poisoned_run(tmp_path, poison, "skipped", on_nonfinite="skip"))
     skipped = tmp_path / "runs" / "skipped"
     for run_dir in (stopped, skipped):
         assert list(step_metrics(run_dir)) == [1, 2, 3, 4, 6, 7]
@@ -216,7 +206,7 @@ def test_nan_stops_is_named_can_be_replayed_and_passed_over(
 
 
 def test_nan_goes_back_and_passes_over_the_update_before_it(tmp_path: Path, poison: Poison) -> None:
-    words = qwen_dist("train", str(poisoned_run(tmp_path, poison, "back", on_nonfinite="rollback")))
+    words = train(poisoned_run(tmp_path, poison, "back", on_nonfinite="rollback"))
     run_dir = tmp_path / "runs" / "back"
     assert "Back to the checkpoint of step 3; the data of step 4 and 5 is passed over (2 of at most 10" in words
     assert list(step_metrics(run_dir)) == [1, 2, 3, 6, 7]
@@ -247,7 +237,7 @@ def test_a_loss_that_jumps_goes_back_and_ends_when_too_much_is_skipped(tmp_path:
         zero={"stage": 2},
         faults={"on_spike": "rollback", "spike_factor": 1.01, "max_skipped_steps": 2},
     )
-    words = qwen_dist("train", str(run_file), expected_code=1)
+    words = train(run_file, expected_code=1)
     run_dir = tmp_path / "runs" / "wild"
     (fault,) = faults_of(run_dir)
     step = fault["fault_step"]
@@ -257,7 +247,7 @@ def test_a_loss_that_jumps_goes_back_and_ends_when_too_much_is_skipped(tmp_path:
     assert "faults.max_skipped_steps=2 leaves no room to pass over more steps." in words
     assert not {step - 1, step} & step_metrics(run_dir).keys()
 
-    words = qwen_dist("train", str(run_file), "faults.on_spike=report")
+    words = train(run_file, "faults.on_spike=report")
     assert "Training goes on (faults.on_spike)." in words
     reported = [fault for fault in faults_of(run_dir) if fault["action"] == "report"]
     assert all(fault["fault_step"] in step_metrics(run_dir) for fault in reported)
@@ -268,7 +258,7 @@ def test_a_loss_that_jumps_goes_back_and_ends_when_too_much_is_skipped(tmp_path:
 
 def test_a_flipped_bit_stops_the_run_and_is_named(tmp_path: Path) -> None:
     run_dir = broken_run(tmp_path)
-    words = run_worker("flip_worker.py", str(run_dir.path), "1", "6", "weight", expected_code=1)
+    words = run_broken(run_dir, "weight")
     assert "Weights that all ranks must hold alike differ after step 8: ranks 0 and 1 differ in " in words
     assert "layers.1.mlp.up_proj.base_layer.weight; suspect" in words and "Traceback" not in words
     assert [folder.name for folder in committed(run_dir)] == ["step_00000004"], "what is corrupt was saved"
@@ -276,7 +266,7 @@ def test_a_flipped_bit_stops_the_run_and_is_named(tmp_path: Path) -> None:
 
 def test_a_gradient_that_is_not_finite_stops_the_run_which_is_saved_as_it_was(tmp_path: Path) -> None:
     run_dir = broken_run(tmp_path)
-    words = run_worker("flip_worker.py", str(run_dir.path), "1", "6", "gradient", expected_code=1)
+    words = run_broken(run_dir, "gradient")
     assert "The gradient of step 7 is not finite, though its loss is (" in words and "Traceback" not in words
     where = r"micro-batch 1 of 2 on rank 1 \(first in \S*layers.1.mlp.up_proj.lora_B\S*\): \S*train.jsonl"
     assert re.search(where, words)
@@ -298,8 +288,7 @@ def broken_run(folder: Path) -> RunDir:
         checkpoint={"every_steps": 4, "keep": 9},
         faults={"compare_replicas_every_steps": 4},
     )
-    qwen_dist("train", str(run_file), "--dry-run")
-    return RunDir(folder / "runs" / "broken")
+    return made(run_file).run_dir
 
 
 def test_a_rank_without_memory_says_so_ends_the_run_and_can_be_replayed(

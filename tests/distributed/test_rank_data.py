@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.runs import DEMO, qwen_dist, step_metrics, write_run_file
+from tests.distributed.runs import DEMO, made, step_metrics, train, write_run_file
 
 pytestmark = pytest.mark.distributed
 
@@ -17,10 +17,10 @@ pytestmark = pytest.mark.distributed
 def test_ranks_tokenize_together_what_is_missing(tmp_path: Path) -> None:
     """Without the cache of the launcher the run is the same; rank 0 does not do the work alone."""
     sections = {"length": {"max_steps": 3}, "data": {"eval": [{"path": str(DEMO / "eval.jsonl")}]}}
-    qwen_dist("train", str(write_run_file(tmp_path, "run", **sections)))
+    train(write_run_file(tmp_path, "run", **sections))
     expected = {step: entry["loss"] for step, entry in step_metrics(tmp_path / "runs" / "run").items()}
     again = write_run_file(tmp_path, "again", **sections)
-    qwen_dist("train", str(again), "--dry-run")
+    made(again)
     shutil.rmtree(tmp_path / "runs" / ".prepared")
     run_dir = tmp_path / "runs" / "again"
     command = (run_dir / "command.txt").read_text()
@@ -37,7 +37,7 @@ def test_rows_that_changed_meanwhile_are_refused(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     shutil.copy(DEMO / "train.jsonl", rows)
     run_file = write_run_file(tmp_path, "run", data={"train": [{"path": str(rows)}]})
-    qwen_dist("train", str(run_file), "--dry-run")
+    made(run_file)
     shutil.rmtree(tmp_path / "runs" / ".prepared")
     with rows.open("a", encoding="utf-8") as file:
         file.write(rows.read_text(encoding="utf-8").splitlines()[0] + "\n")
@@ -63,7 +63,7 @@ def test_a_weight_of_two_is_the_row_twice(tmp_path: Path) -> None:
             tmp_path, name, data={"train": [{"path": str(tmp_path / f"{name}.jsonl")}]},
             length={"epochs": 2, "max_steps": 2}, model={"precision": "fp32"},
         )  # fmt: skip
-        qwen_dist("train", str(run_file))
+        train(run_file)
         found.append(step_metrics(tmp_path / "runs" / name))
     for step in (1, 2):
         assert found[0][step]["loss"] == pytest.approx(found[1][step]["loss"], rel=1e-5)

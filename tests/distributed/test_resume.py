@@ -23,6 +23,7 @@ from tests.distributed.runs import (
     skip_without_disk_io,
     start,
     step_metrics,
+    train,
     wait_for_step,
     write_run_file,
     write_weights,
@@ -56,7 +57,7 @@ def test_killed_and_started_again_equals_never_stopped(way: str, tmp_path: Path)
     if way.startswith("qlora"):  # random weights cannot be quantized
         sections["model"] = {"path": str(write_weights(tmp_path / "base"))}
     steady_file = write_run_file(tmp_path, "steady", model_config, **sections)
-    qwen_dist("train", str(steady_file))
+    train(steady_file)
 
     killed_file = write_run_file(tmp_path, "killed", model_config, **sections)
     killed = tmp_path / "runs" / "killed"
@@ -69,7 +70,7 @@ def test_killed_and_started_again_equals_never_stopped(way: str, tmp_path: Path)
     assert "Traceback" not in output
     assert not (killed / "checkpoints" / f"step_{STEPS:08d}").exists(), "it ended before it was killed"
 
-    output = qwen_dist("train", str(killed_file))
+    output = train(killed_file)
     assert "resumed from step_0000000" in output
 
     assert_same_run(tmp_path / "runs" / "steady", killed)
@@ -79,7 +80,7 @@ def test_killed_and_started_again_equals_never_stopped(way: str, tmp_path: Path)
 
 def test_term_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     steady_file = write_run_file(tmp_path, "steady", zero={"stage": 2})
-    qwen_dist("train", str(steady_file))
+    train(steady_file)
 
     wandb = {"project": "tests", "mode": "offline"}
     stopped_file = write_run_file(tmp_path, "stopped", zero={"stage": 2}, tracking={"wandb": wandb})

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3MoeConfig
 
-from launch.hosts import free_port, trainer_argv
 from launch.zero import deepspeed_config
 from qwen_dist.config import Run
 from qwen_dist.data.cache.prepare import prepare
 from qwen_dist.run_dir import RunDir, write_json
+from tests.ranks import run_ranks
 from tests.serve.tiny_model import tiny_config, write_tokenizer
 
 TRAIN_ROWS = [
@@ -92,17 +89,8 @@ def start_run(folder: Path, model_path: Path, num_processes: int, changes: dict[
 
 def train(run_dir: RunDir, num_processes: int) -> None:
     """An attempt at the run, on real processes."""
-    argv = trainer_argv(run_dir.path, sys.executable, num_processes, free_port())
-    environ = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=300)
-    outcome = json.loads(run_dir.outcome.read_text()) if run_dir.outcome.is_file() else None
-    assert outcome and outcome["exit_code"] == 0, f"{outcome}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    run_ranks(num_processes, "-m", "qwen_dist.train", str(run_dir.path), timeout_s=300)
+    assert json.loads(run_dir.outcome.read_text())["exit_code"] == 0
 
 
 KINDS: dict[str, dict[str, Any]] = {

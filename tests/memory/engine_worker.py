@@ -1,6 +1,6 @@
 """Trains a small model with one engine after another and weighs what each rank holds; rank r writes rank_r.json.
 
-    deepspeed --no_local_rank --num_gpus 2 tests/memory/engine_worker.py RUNS.json OUT_FOLDER
+    tests/memory/engine_worker.py RUNS.json OUT_FOLDER
 
 RUNS.json: name -> the run's config. A weight is the sum of all distinct storages, in bytes.
 """
