@@ -285,6 +285,11 @@ class Run(Section):
             found.append("checkpoint.keep_best has no effect without data.eval.")
         if self.model.recompute == "selective" and self.num_recomputed(1) == 0:
             found.append("model.recompute has no effect with model.activation_checkpointing=false.")
+        tile, row_tokens = self.model.mlp_tile_tokens, self.packs_per_micro_batch * self.data.max_tokens
+        row_tokens //= self.parallel.sequence
+        if tile is not None and tile >= row_tokens and self.batch.packs_per_micro_batch != "auto":
+            what = "has no effect but to compute MLPs twice"
+            found.append(f"model.mlp_tile_tokens={tile} {what}: a GPU has {row_tokens:,} tokens at a time.")
         may_skip = (self.faults.on_nonfinite, self.faults.on_spike) != ("stop", "report")
         if "max_skipped_steps" in self.faults.model_fields_set and not may_skip:
             found.append("faults.max_skipped_steps has no effect: no policy of faults skips a step.")

@@ -87,6 +87,20 @@ def test_heads_are_dealt_out_or_refused(model: str, fitting: list[int]) -> None:
         check_sequence(model_shape("Qwen/Qwen3-14B"), 64)
 
 
+@pytest.mark.parametrize(("tile_tokens", "is_told"), [(4095, False), (4096, True), (8192, True)])
+def test_a_tile_as_long_as_the_row_is_told(tile_tokens: int, is_told: bool) -> None:
+    """Of packs of 8,192 tokens, two at a time, that four GPUs share."""
+    run = Run.model_validate(
+        {
+            "name": "a", "model": {"path": "m", "mlp_tile_tokens": tile_tokens}, "parallel": {"sequence": 4},
+            "data": {"train": [{"path": "b"}], "max_tokens": 8192}, "batch": {"packs_per_micro_batch": 2},
+        }
+    )  # fmt: skip
+    found = [sentence for sentence in run.settings_without_effect() if "mlp_tile_tokens" in sentence]
+    assert bool(found) == is_told
+    assert all("a GPU has 4,096 tokens at a time" in sentence for sentence in found)
+
+
 def test_experts_are_not_tiled() -> None:
     check_tiles(model_shape("Qwen/Qwen3-14B"), 4096)
     check_tiles(model_shape("Qwen/Qwen3-30B-A3B"), None)
