@@ -16,7 +16,7 @@ from qwen_dist.run_dir import RunDir
 
 @dataclass(frozen=True)
 class Recorded:
-    """One rank's step as it was trained.
+    """One rank's step as it was trained; or a group's, of ranks that shared packs.
 
     Attributes:
         record: run.json.
@@ -42,17 +42,20 @@ def recorded_step(run_dir: RunDir, step: int, rank: int) -> Recorded:
         raise UserError(
             f"{run_dir.path} is no run directory: it has no readable run.json; name one that train made."
         ) from None
-    entry = choose_entry(read_ledger(run_dir), step, rank, str(run_dir.path))
+    run = Run.model_validate(record["config"])
+    who = "group" if run.parallel.sequence > 1 else "rank"
+    entry = choose_entry(read_ledger(run_dir), step, rank, str(run_dir.path), who)
     steps = (found for found in read_metrics(run_dir.metrics) if found["step"] == step and "loss" in found)
-    return Recorded(Run.model_validate(record["config"]), record, entry, next(steps, None))
+    return Recorded(run, record, entry, next(steps, None))
 
 
-def choose_entry(entries: Sequence[Record], step: int, rank: int, name: str) -> Record:
+def choose_entry(entries: Sequence[Record], step: int, rank: int, name: str, who: str = "rank") -> Record:
     """The entry of the last attempt that trained `step` on `rank`.
 
     Args:
         entries: of the ledger, by attempt.
         name: of the run directory.
+        who: what a "rank" of the ledger is; group: of ranks that shared packs.
 
     Raises:
         UserError: there is none.
@@ -66,11 +69,12 @@ def choose_entry(entries: Sequence[Record], step: int, rank: int, name: str) -> 
     world_size = of_step[-1].world_size
     if not 0 <= rank < world_size:
         last = world_size - 1
-        told = "rank 0 only" if last == 0 else f"ranks 0 to {last}"
-        raise UserError(f"Step {step} of {name} was trained on {told}; there is no rank {rank}.")
+        told = f"{who} 0 only" if last == 0 else f"{who}s 0 to {last}"
+        shared = " (groups of ranks that shared packs, parallel.sequence)" if who == "group" else ""
+        raise UserError(f"Step {step} of {name} was trained on {told}{shared}; there is no {who} {rank}.")
     found = [entry for entry in of_step if entry.rank == rank and entry.attempt == of_step[-1].attempt]
     if not found:
-        raise UserError(f"{name} has no record of rank {rank} in step {step}: it ended before it could write it.")
+        raise UserError(f"{name} has no record of {who} {rank} in step {step}: it ended before it could write it.")
     return found[-1]
 
 
