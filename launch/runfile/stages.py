@@ -55,9 +55,6 @@ def split_stages(values: RawValues, given: Sequence[Given]) -> list[tuple[str, R
                 stage.put(one.path, one.value, one.place)
             for _, one in (pair for pair in of_source if pair[0] == number):
                 stage.put(one.path[2:], one.value, one.place, origin=(STAGES, name))
-        if number:
-            stage.raw.pop("init_from", None)
-            stage.forget_places(("init_from",))
         found.append((name, stage))
     return found
 
