@@ -68,7 +68,7 @@ def fork(job: dict[str, Any], rank: int) -> int:
     pid = os.fork()
     if pid:
         return pid
-    code = 99
+    code = 1
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         output = os.open(job["outputs"][rank], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def try_ranks(
         answer = server().answer(timeout_s)
         if not answer:
             for pid in pids:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             answer = server().answer(60)
         return json.loads(answer)["codes"], [output.read_text() for output in outputs]
