@@ -47,6 +47,7 @@ from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.faults.suspects import suspects_by_gradient
 from qwen_dist.train.gradients import drop_gradients
 from qwen_dist.train.model.build import unwrapped
+from qwen_dist.train.probe import SavedBytes
 from qwen_dist.train.signals import StopRequest
 from qwen_dist.train.startup import self_test
 from qwen_dist.train.startup.generators import generators_untouched
@@ -302,8 +303,20 @@ def suspected(job: dict[str, Any], world: World) -> dict[str, Any]:
     return {"found": gathered([(at.rank, at.number, at.samples_N.tolist(), at.what) for at in found])}
 
 
+def kept(job: dict[str, Any], world: World) -> dict[str, Any]:
+    """Bytes that forward of one row keeps for backward on each rank, weights apart."""
+    run, engine = engine_of(job, world)
+    (batch,), step_weight = batches_of(job, run, engine.world)
+    saved = SavedBytes(engine.ds_engine.module)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        nll_sum = engine.forward(batch)
+    engine.backward_of(nll_sum, step_weight)
+    engine.ds_engine.destroy()
+    return {"bytes": gathered(saved.total)}
+
+
 JOBS: dict[str, Callable[[dict[str, Any], World], dict[str, Any]]] = {
-    "step": one_step, "self-test": tested, "mock": mocked, "run": whole_run, "suspects": suspected,
+    "step": one_step, "self-test": tested, "mock": mocked, "run": whole_run, "suspects": suspected, "kept": kept,
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from qwen_dist.data.order.check_ledger import check_run
 from qwen_dist.report.metrics import read_metrics
 from qwen_dist.run_dir import RunDir
 from tests.distributed.gradient_jobs import run_jobs
+from tests.distributed.gradient_worker import NumberedSamples
 from tests.distributed.runs import DEMO, write_run_file
 from tests.laws.test_one_gradient import (
     GATHERED,
@@ -34,7 +35,7 @@ MODELS = {"tied": MODEL | {"tie_word_embeddings": True}, "qwen2": QWEN2, "one-ke
 SHARED, TILED = {"parallel": {"sequence": 2}}, {"model__mlp_tile_tokens": 7}
 METHODS = {"full": {}, "lora": {"method": LORA}, "dora": {"method": LORA | {"dora": True}}}
 ON_MLP = {"method": LORA | {"targets": ["up_proj", "down_proj"]}}
-# Half of a sample's tokens are trained, the last ones: of a row of one sample, the first half has one at most.
+# A sample's second half is trained: where four share a row, the first part has nothing to predict.
 Ways = dict[str, tuple[list[list[int]], dict[str, Any]]]
 
 
@@ -81,6 +82,9 @@ def ways() -> dict[int, Ways]:
 
 # One self-test as it is, and one in which samples see each other across the ranks that share a row.
 SELF_TESTS = {"self-test": (None, "full"), "self-test of leaking samples": ("packing", "lora")}
+# One row of eight samples: processes and changes.
+ALL_IN_ONE = [[0, 1, 2, 3, 4, 5, 6, 7]]
+KEPT = {"kept whole": (1, ZERO_2), "kept by two": (2, ZERO_2 | SHARED), "kept tiled": (1, ZERO_2 | TILED)}
 RUN = {
     "model": {"precision": "fp32"},
     "data": {
@@ -111,6 +115,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         | {"config": config(folder, TWO_A_PACK, **SHARED, **TILED, **METHODS[method])}
         for name, (broken, method) in SELF_TESTS.items()
     ]
+    for name, (world, changes) in KEPT.items():
+        jobs[world].append(
+            {"kind": "kept", "name": name, "packs": ALL_IN_ONE, "has_weights": False}
+            | {"config": config(folder, ALL_IN_ONE, **changes)}
+        )
     jobs[2] += runs(folder)
     jobs[4] += [
         {"kind": "suspects", "name": "suspects", "packs": UNEVEN_WITH_EMPTY, "has_weights": False, "rank": 1}
@@ -192,6 +201,14 @@ def test_all_ranks_name_the_group_whose_gradient_is_not_finite(results: dict[str
     """Of groups of ranks 0 and 1, and 2 and 3, each with two packs: rank 1 met it in the group's second."""
     expected = (0, 2, UNEVEN_WITH_EMPTY[2], "first in model.norm.weight")
     assert results["suspects"]["found"] == 4 * [[expected]]
+
+
+def test_what_is_kept_for_backward_is_shared_out(results: dict[str, dict[str, Any]]) -> None:
+    """So a row may be twice as long. In tiles an MLP keeps its input alone, and none of three inner values a token."""
+    (whole,), (tiled,) = results["kept whole"]["bytes"], results["kept tiled"]["bytes"]
+    assert all(0.4 * whole < of_rank < 0.6 * whole for of_rank in results["kept by two"]["bytes"])
+    tokens = sum(len(NumberedSamples(has_weights=False).sample(index)[0]) for index in range(8))
+    assert whole - tiled > tokens * 4 * 3 * MODEL["intermediate_size"]
 
 
 def numbers(run: dict[str, Any]) -> dict[int, dict[str, float]]:
