@@ -22,7 +22,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -79,7 +81,21 @@ def _train(attempt: dict[str, Any], rank: int) -> None:
     strikes = [strike for strike in attempt["strikes"] if rank in strike["ranks"]]
     run_dir = Path(attempt["run_dir"])
     threading.Thread(target=_strike, args=(strikes, run_dir, rank, threading.get_ident()), daemon=True).start()
+    if strikes and strikes[0]["function"] and not strikes[0]["step"]:
+        sys.setprofile(_held_in(strikes[0]["function"], run_dir / f"struck_{rank}"))
     exit_at_once(train(attempt["run_dir"], stop))
+
+
+def _held_in(function: str, struck: Path) -> Callable[[FrameType, str, Any], None]:
+    """Keeps the main thread at the start of `function` until it is struck: some last 20 ms, too short to be met."""
+
+    def hold(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_name == function:
+            sys.setprofile(None)
+            while not struck.exists():
+                time.sleep(0.001)
+
+    return hold
 
 
 def _strike(strikes: list[dict[str, Any]], run_dir: Path, rank: int, main_thread: int) -> None:
