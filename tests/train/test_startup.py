@@ -162,7 +162,7 @@ def test_a_micro_batch_without_samples_is_not_measured() -> None:
 
 def test_what_does_not_fit_is_told_with_what_can_be_changed(tmp_path: Path) -> None:
     run = run_of(tmp_path, QWEN3_14B, batch={"packs_per_step": 8, "packs_per_micro_batch": 2})
-    world = SimpleNamespace(rank=3, device=torch.device("cpu"))
+    world = SimpleNamespace(rank=3, world_size=4, device=torch.device("cpu"))
     engine = SimpleNamespace(world=world, ds_engine=SimpleNamespace(module=torch.nn.Linear(1, 1)))
     told = too_large(SimpleNamespace(run=run, engine=engine), Largest(8192, 4096, 0.5), 0, "can't allocate memory")
     assert told.startswith("Out of memory before step 1, in the mock step on rank 3 (8,192 tokens, the most that")
