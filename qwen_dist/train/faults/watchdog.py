@@ -187,7 +187,7 @@ class Watchdog:
             told = self._places.read()
             if all(found.has_dumped or found.seen.silent_s > silent_s for found in told.values()):
                 break
-            time.sleep(self._look_every_s)
+            time.sleep(max(self._look_every_s, DUMP_S))
         return told
 
     def _samples(self, rank: int, seen: Mapping[int, hang.Seen]) -> Sequence[int] | None:
