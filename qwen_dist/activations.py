@@ -290,7 +290,7 @@ def _working_bytes(shape: ModelShape, layout: Layout, rows: int) -> int:
     of_tile, weights = min(tile, rows) * (_mlp_bytes_token(shape, layout) + mlp), 0
     if layout.method == "full":
         num_tiles, weights = -(-rows // tile), element * shape.mlp_weights // shape.num_layers
-        before = 0 if num_tiles == 1 else weights if num_tiles == 2 else 2 * weights  # those of the last tile, too
+        before = 0 if num_tiles == 1 else weights
         before += weights * (FP32 // element - 1) if num_tiles > MAX_ROUNDED_SUMS else 0
         of_tile, weights = of_tile + before, before + weights
     in_mlp = max(of_tile, weights) + rows * element * 2 * hidden

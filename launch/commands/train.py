@@ -47,7 +47,7 @@ Exit codes: 0 done, 1 failed, 2 wrong run file,
 @click.option("--layers", metavar="N", type=click.IntRange(min=1), help="Debug N layers with random weights.")
 @click.option("--replay", is_flag=True, help="Compute a step of RUN_DIR, given in place of RUN.yaml, once more.")
 @click.option("--step", metavar="K", type=click.IntRange(min=1), help="The step to replay.")
-@click.option("--rank", metavar="R", type=click.IntRange(min=0), help="The rank to replay; default: 0.")
+@click.option("--rank", metavar="R", type=click.IntRange(min=0), help="The rank, or group that shared packs.")
 @click.option("--pdb", is_flag=True, help="Debug or replay: open Python's debugger on a failure.")
 @click.option("--json", "as_json", is_flag=True, help="Debug or replay: for a machine to read.")
 def command(

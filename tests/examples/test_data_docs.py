@@ -57,6 +57,7 @@ MODES = {"plain": "", "think": ", thinking", "no_think": ", no thinking"}
 ELLIPSIS = re.compile(r"^\.\.\.\n", re.MULTILINE)
 # A speed, a fingerprint, and the folder of one machine.
 VARYING = re.compile(r"\d+\.\d s, [\d,]+ rows/s|\b[0-9a-f]{32}\b|\S+/qwen-dist-\d+/")
+SLOW = re.compile(r"^tokenizing data\.\w+: .*\n", re.MULTILINE)  # told where a machine takes more than two seconds
 KINDS = ("yaml", "text", "console", "python", "sh")
 
 
@@ -238,7 +239,7 @@ def _transcript(text: str) -> str:
     """Each command of a console block again, with what it prints now."""
     found = ""
     for command in [line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ ")]:
-        found += f"$ {command}\n{_printed(command)}"
+        found += f"$ {command}\n{SLOW.sub('', _printed(command))}"
     return found
 
 

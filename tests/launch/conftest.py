@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,9 @@ def write_run(folder: Path, name: str = "run.yaml", **sections: Any) -> Path:
 
 
 @pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """cli("plan", "run.yaml") -> Result."""
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """cli("plan", "run.yaml") -> Result; without the lines about work that takes longer, on a slow machine."""
+    monkeypatch.setattr("launch.prepare_data.QUIET_S", math.inf)
 
     def run(*args: str) -> Result:
         capfd.readouterr()

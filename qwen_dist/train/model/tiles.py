@@ -100,6 +100,7 @@ class _Tiled(torch.autograd.Function):
                     grad_hidden_1TH[:, start : start + own_1CH.shape[1]] = found.pop(0)
                 sums = [_added(total, grad, num_tiles) for total, grad in zip(sums, found, strict=True)]
                 start += own_1CH.shape[1]
+                del found, out_1CH  # else they would be there until the next tile has made its own
         grads = [total.to(weight.dtype) for total, weight in zip(sums, trained, strict=True) if total is not None]
         return None, None, None, grad_hidden_1TH, *grads
 
