@@ -178,6 +178,7 @@ def test_no_other_section_changes_the_name(qwen3_folder: Path, folder: Path, tmp
         "output_dir": str(tmp_path / "other"),
         "seed": 1,
         "method": {"kind": "lora"},
+        "parallel": {"sequence": 2},
         "batch": {"packs_per_step": 1},
         "optim": {"lr": 1.0},
         "length": {"epochs": 9},
