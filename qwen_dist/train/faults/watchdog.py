@@ -32,6 +32,7 @@ MAX_TELL_EVERY_S = 5.0
 TELLS_IN_BOUND = 15
 # Ranks come to know of a hang within two looks of each other; the others may dump for so many before one speaks.
 DUMP_LOOKS = 4
+MIN_PATIENCE_S = 3.0  # however often they look: on a busy machine a dump takes a second
 # What stacks need that a process is asked for, before it is killed.
 DUMP_S = 1.0
 # After the bound, when nothing of the above has ended the process; longer than all of that takes.
@@ -181,14 +182,15 @@ class Watchdog:
 
     def _wait_for_dumps(self, where: Place, silent_s: float) -> dict[int, Told]:
         """What all ranks tell once each that tells anything has dumped its stacks, or can be waited for no longer."""
-        idle_s, told = time.monotonic() - self._moved_at, {}
-        for _ in range(DUMP_LOOKS):
+        started = time.monotonic()
+        idle_s, deadline = started - self._moved_at, started + max(DUMP_LOOKS * self._look_every_s, MIN_PATIENCE_S)
+        while True:
             self._places.tell(where, idle_s, has_dumped=True)
             told = self._places.read()
-            if all(found.has_dumped or found.seen.silent_s > silent_s for found in told.values()):
-                break
-            time.sleep(max(self._look_every_s, DUMP_S))
-        return told
+            is_over = time.monotonic() >= deadline
+            if is_over or all(found.has_dumped or found.seen.silent_s > silent_s for found in told.values()):
+                return told
+            time.sleep(self._look_every_s)
 
     def _samples(self, rank: int, seen: Mapping[int, hang.Seen]) -> Sequence[int] | None:
         """The samples of the micro-batch at which a rank is; every rank can tell those of any."""
