@@ -17,8 +17,8 @@ from qwen_dist.errors import UserError
 from qwen_dist.export.consolidate import choose_checkpoint
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train.checkpoint.background import HostCopy, Need, Writer, lacking
-from qwen_dist.train.checkpoint.commit import commit, incomplete, prepare, tidy, told_failure
-from qwen_dist.train.checkpoint.manifest import best_of, damage, losses_of, superfluous
+from qwen_dist.train.checkpoint.commit import commit, delete, incomplete, prepare, tidy, told_failure
+from qwen_dist.train.checkpoint.manifest import best_of, committed, damage, losses_of, superfluous
 from qwen_dist.train.checkpoint.shard_file import Piece
 from qwen_dist.train.checkpoint.share import Written, failed, write_share
 from qwen_dist.train.checkpoint.state import State
@@ -38,7 +38,7 @@ def save(run_dir: RunDir, step: int, eval_loss: float | None = None, **settings:
     state = State(step, 1, 1, 2, "full", "abc", 0, 0)
     written = write_share(incomplete(run_dir, step), 0, PIECES, {}, state)
     assert commit(ALONE, run_dir, step, eval_loss, written).failure is None
-    tidy(run_dir, step, Checkpoint.model_validate({"keep": 9, **settings}))
+    delete(tidy(run_dir, step, Checkpoint.model_validate({"keep": 9, **settings})))
     return run_dir.checkpoint(step)
 
 
@@ -268,3 +268,13 @@ def test_a_writer_that_raises_fails_the_save_alone() -> None:
     may_end.set()
     assert writer.result().failure == "writing it failed (ZeroDivisionError: odd)"
     assert writer.is_done
+
+
+def test_what_is_not_kept_loses_its_name_first(run_dir: RunDir) -> None:
+    """Its files go beside training; a process that ends before leaves them to the next one."""
+    doomed = tidy(run_dir, 9, Checkpoint(keep=1))
+    assert len(doomed) == 2 and all(folder.name.endswith(".old.incomplete") for folder in doomed)
+    assert [folder.name for folder in committed(run_dir)] == [run_dir.checkpoint(9).name]
+    assert all(any(folder.iterdir()) for folder in doomed), "tidy waits for no file"
+    newest_checkpoint(run_dir, ALONE)
+    assert not any(folder.exists() for folder in doomed)

@@ -7,7 +7,7 @@ write the manifest, sync, and rename: what bears the name `step_<k>` is whole, w
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,23 +107,27 @@ def told_failure(everyone: Sequence[Written]) -> str | None:
     return f"rank {first}{others}: {everyone[first].failure}"
 
 
-def tidy(run_dir: RunDir, step: int, settings: Checkpoint) -> None:
-    """After the commit of `step`, on rank 0: point to it, and delete what is no longer kept.
+def tidy(run_dir: RunDir, step: int, settings: Checkpoint) -> list[Path]:
+    """After the commit of `step`, on rank 0: point to it, and take away the names of what is no longer kept.
 
     Nothing here is needed to go on from it, so what fails is told and no more.
+
+    Returns:
+        The folders to be deleted, which takes long: a file system needs as much as a second for a gigabyte. Those that
+        are left by a process that ends before are deleted when the run goes on.
     """
+    doomed: list[Path] = []
     try:
         write_atomically(run_dir.checkpoints / LATEST, run_dir.checkpoint(step).name + "\n")
         losses = losses_of(run_dir)
         for old in superfluous(losses, settings.keep, settings.keep_best):
-            _delete(run_dir.checkpoint(old))
+            doomed.append(_unnamed(run_dir.checkpoint(old)))
             del losses[old]
-        for damaged in run_dir.checkpoints.glob(f"step_*{DAMAGED}"):
-            if step_of(damaged) <= step:
-                shutil.rmtree(damaged, ignore_errors=True)
+        doomed += [folder for folder in run_dir.checkpoints.glob(f"step_*{DAMAGED}") if step_of(folder) <= step]
         _point_to_best(run_dir, best_of(losses))
     except OSError as error:
         get_logger().warning("%s is not in order (%s); nothing is lost", run_dir.checkpoints, error)
+    return doomed
 
 
 def forget_after(run_dir: RunDir, step: int, settings: Checkpoint) -> None:
@@ -131,7 +135,13 @@ def forget_after(run_dir: RunDir, step: int, settings: Checkpoint) -> None:
     for folder in committed(run_dir):
         if step_of(folder) > step:
             _delete(folder)
-    tidy(run_dir, step, settings)
+    delete(tidy(run_dir, step, settings))
+
+
+def delete(folders: Iterable[Path]) -> None:
+    """Delete folders and all that is in them, as far as it goes."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _prepare(run_dir: RunDir, step: int, num_bytes: int) -> Outcome | None:
@@ -170,10 +180,14 @@ def _publish(run_dir: RunDir, manifest: Manifest) -> str | None:
 
 
 def _delete(folder: Path) -> None:
-    """A half-deleted folder must not look whole."""
+    delete([_unnamed(folder)])
+
+
+def _unnamed(folder: Path) -> Path:
+    """Where a checkpoint is that is to be deleted: a half-deleted folder must not look whole."""
     doomed = folder.with_name(folder.name + ".old" + INCOMPLETE)
     folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    return doomed
 
 
 def _point_to_best(run_dir: RunDir, step: int | None) -> None:

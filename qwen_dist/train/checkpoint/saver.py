@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from qwen_dist.config import Checkpoint
@@ -14,7 +16,16 @@ from qwen_dist.errors import RunFailed
 from qwen_dist.log import get_logger
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train.checkpoint.background import HostCopy, Need, Writer, lacking, machine_id, yield_cores
-from qwen_dist.train.checkpoint.commit import Outcome, commit, forget_after, incomplete, newest_step, prepare, tidy
+from qwen_dist.train.checkpoint.commit import (
+    Outcome,
+    commit,
+    delete,
+    forget_after,
+    incomplete,
+    newest_step,
+    prepare,
+    tidy,
+)
 from qwen_dist.train.checkpoint.manifest import best_of, losses_of
 from qwen_dist.train.checkpoint.shard_file import Piece
 from qwen_dist.train.checkpoint.share import Written, failed, write_share
@@ -65,6 +76,7 @@ class Saver:
         self._under_way: tuple[Save, Writer] | None = None
         self._waited_s = 0.0  # of training, for the save at hand
         self._all_have_written = False
+        self._deleting: threading.Thread | None = None
         self._best_loss = self._best_of_saved()
 
     @property
@@ -138,6 +150,7 @@ class Saver:
         self.finish()
         started = time.perf_counter()
         failure = self._write_and_end(self._prepare(state), state, eval_loss, started).failure
+        self._wait_for_room()
         if failure is not None:
             raise RunFailed(
                 f"The run's last checkpoint, of step {state.step}, is not saved: {failure}; "
@@ -149,7 +162,20 @@ class Saver:
         best = best_of(losses)
         return math.inf if best is None else float(losses[best] or 0.0)
 
+    def _delete_beside(self, folders: Sequence[Path]) -> None:
+        """Delete old checkpoints while training goes on."""
+        self._wait_for_room()
+        self._deleting = threading.Thread(target=delete, args=(folders,), name="delete", daemon=True)
+        self._deleting.start()
+
+    def _wait_for_room(self) -> None:
+        """Until what is no longer kept is deleted: its room is counted on, and a process that ends deletes no more."""
+        if self._deleting is not None:
+            self._deleting.join()
+            self._deleting = None
+
     def _prepare(self, state: State) -> Prepared:
+        self._wait_for_room()
         pieces = collect(self._engine)
         ended = prepare(self._world, self._run_dir, state.step, sum(piece.num_bytes for piece in pieces))
         return Prepared(pieces, about(self._engine), ended)
@@ -199,7 +225,7 @@ class Saver:
         if save.eval_loss is not None and math.isfinite(save.eval_loss):
             self._best_loss = min(self._best_loss, save.eval_loss)
         if self._world.is_main:
-            tidy(self._run_dir, state.step, self._settings)
+            self._delete_beside(tidy(self._run_dir, state.step, self._settings))
         if self._report is not None:
             ended = time.perf_counter()
             numbers = {
