@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from qwen_dist.config import Method
 from qwen_dist.errors import UserError
 from qwen_dist.train.model.build import sharded_creation
+from qwen_dist.train.model.low_rank import ADAPTER, add_in_one_product
 
-ADAPTER = "default"  # peft's name of an only adapter
+__all__ = ["ADAPTER", "adapted_layers", "add_adapters", "linear_layer_names", "lora_config"]
 
 
 def linear_layer_names(model: torch.nn.Module) -> list[str]:
@@ -47,6 +48,9 @@ def add_adapters(
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     if method.dora:
         _gather_for_dora(adapted)
+    else:
+        for layer in adapted_layers(adapted).values():
+            add_in_one_product(layer)
     return adapted
 
 
