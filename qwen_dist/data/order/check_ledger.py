@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     for problem in report.problems:
         print(problem)
-    ranks = " then ".join(map(str, report.world_sizes)) or "0"
+    ranks = " then ".join(str(size) for size, _ in itertools.groupby(report.world_sizes)) or "0"
     plural = "" if ranks == "1" else "s"
     done = f"{counted(report.num_steps, 'step')} and {counted(report.num_epochs, 'whole epoch')}"
     print(f"{done} on {ranks} rank{plural}: ", end="")
