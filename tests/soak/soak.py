@@ -29,8 +29,7 @@ HANG_TIMEOUT_S = 3
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGSTOP)
 PHASES = (None, "forward", "backward", "agree", "update", "save", "evaluation")
 SAVE_EVERY, EVALUATE_EVERY = 20, 50
-# oneDNN keeps what it makes for every new shape (torch 2.13 on a CPU): from 350 MB a rank comes to 1,500 MB within the
-# first 60 steps, and stays there.
+# Caches and the allocator fill up in the first steps: a rank comes to 520 MB, and stays there (torch 2.13 on a CPU).
 WARM_STEPS, MIN_STEPS = 300, 600
 MAX_GROWTH_MB = 40.0
 
