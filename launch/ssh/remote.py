@@ -84,17 +84,21 @@ def run(argv: list[str], environ: dict[str, str], setup: list[str], orders: Iter
         argv = ["bash", "-c", "\n".join(["set -eo pipefail", *setup, 'exec "$@"']), SETUP, *argv]
     with stop_signals() as stop:
         ranks = Ranks(argv, {**inherited_environment(os.environ), **environ})
-        threading.Thread(target=_obey, args=(orders, stop, ranks), daemon=True, name="orders").start()
+        is_cut = threading.Event()
+        threading.Thread(target=_obey, args=(orders, stop, ranks, is_cut), daemon=True, name="orders").start()
         code = ranks.run(stop)
+    if is_cut.is_set():  # ranks that were killed may leave any code
+        return EXIT_RUN_FAILED
     if stop.before_ranks:
         return EXIT_RESUMABLE
     return code if 0 <= code < 128 else EXIT_RUN_FAILED  # 255 is ssh's own
 
 
-def _obey(orders: Iterator[dict[str, Any]], stop: Stop, ranks: Ranks) -> None:
+def _obey(orders: Iterator[dict[str, Any]], stop: Stop, ranks: Ranks, is_cut: threading.Event) -> None:
     for order in orders:
         if "stop" in order:
             stop.note(signal.Signals[order["stop"]])
+    is_cut.set()
     ranks.end()
     os._exit(EXIT_RUN_FAILED)
 

@@ -45,7 +45,8 @@ def main(arguments: list[str]) -> int:
     ranks = " then ".join(str(size) for size, _ in itertools.groupby(report.world_sizes)) or "0"
     plural = "" if ranks == "1" else "s"
     done = f"{counted(report.num_steps, 'step')} and {counted(report.num_epochs, 'whole epoch')}"
-    print(f"{done} on {ranks} rank{plural}: ", end="")
+    attempts = f" in {len(report.world_sizes)} attempts" if len(report.world_sizes) > 1 else ""
+    print(f"{done} on {ranks} rank{plural}{attempts}: ", end="")
     if report.problems:
         print("not as planned, see above.")
         return EXIT_RUN_FAILED
