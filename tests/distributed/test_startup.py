@@ -73,7 +73,7 @@ def test_a_sound_installation_passes_and_nothing_is_left_behind(results: dict[st
     found = results[f"sound, {name}"]
     assert "refused" not in found, found
     assert found["num_parameters"] > 20
-    assert found["worst"] < (0.1 if SOUND[name].get("model__precision") else 1e-5)
+    assert found["worst"] < (0.15 if SOUND[name].get("model__precision") else 1e-5)
     assert found["is_clean"] == [True, True]
 
 

@@ -9,7 +9,7 @@ from statistics import median
 from qwen_dist.errors import counted
 
 # Largest |difference| / |expected| of a parameter's gradient. fp32: 2e-6 on CPU; kernels sum in other orders. bf16: 8
-# bits, 0.4 % an operation: after two layers 1 to 3 % with heads of 128, up to 9 % with heads of 8. Samples that see
+# bits, 0.4 % an operation: after two layers 1 to 3 % with heads of 128, up to 10 % with heads of 8. Samples that see
 # each other move gradients by their own size, a wrong scale by half or more.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
 # The same of the loss, whose rounding evens out over the tokens.
