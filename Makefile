@@ -28,7 +28,7 @@ test: $(STAMP) ## Run all tests that this machine can run
 	@echo "All tests passed. Next: make demo, or qwen-dist init for a run of your own"
 	@[ -f .slurm/slurm.conf ] || echo "(tests on a real Slurm: make slurm-up, then make test again)"
 
-soak: $(STAMP) ## Train 2,000 steps through random kills, stops and signals, and compare (a quarter of an hour)
+soak: $(STAMP) ## Train 2,000 steps through random kills, stops and signals, and compare (ten minutes)
 	@$(VENV)/bin/python -m tests.soak.soak
 
 lint: $(STAMP) ## Check style and types
