@@ -13,6 +13,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -37,7 +38,9 @@ from qwen_dist.train.world import World, exit_at_once, start_world
 # Three steps at least. The first one is not timed: it makes the optimizer's states, and libraries look for their best
 # kernels. Of the others the quickest counts, and there are more of them where they are so short that noise matters.
 MIN_TIMED, MAX_TIMED, TIMED_S = 2, 10, 1.0
-CPU_OUT_OF_MEMORY = "can't allocate memory"  # torch 2.13, DefaultCPUAllocator
+# What torch 2.13's DefaultCPUAllocator says, and oneDNN 3 where it cannot map its code or a buffer; a "primitive
+# descriptor" that it cannot create is another matter, an operation that it does not know.
+CPU_OUT_OF_MEMORY = re.compile("can't allocate memory|could not create a (primitive(?! desc)|memory object)")
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,7 @@ def probe(spec: Spec) -> dict[str, Any]:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocator said so: CUDA's by its type, the CPU's by its words only."""
-    return isinstance(error, torch.OutOfMemoryError) or CPU_OUT_OF_MEMORY in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or CPU_OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def main(path: Path) -> int:

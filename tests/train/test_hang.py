@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from qwen_dist.processes import process_start
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train.faults import hang, place
 from qwen_dist.train.faults.hang import Blame, Seen
 from qwen_dist.train.faults.place import Place
 from qwen_dist.train.faults.places import Places
-from qwen_dist.train.faults.watchdog import kill_deaf
+from qwen_dist.train.faults.watchdog import Watchdog, kill_deaf
 
 BOUND_S, LONG_S = 10.0, 50.0
 
@@ -181,6 +182,31 @@ def test_a_process_that_is_stuck_ends(way: str, tmp_path: Path) -> None:
         assert done.stdout == "" and "Timeout" in log
 
 
+def name_of(process: subprocess.Popen[bytes]) -> str:
+    return f"{process.pid} {process_start(process.pid)}"
+
+
+def test_a_collective_that_fails_before_the_first_look_is_told_of_too(tmp_path: Path) -> None:
+    """Ranks tell where they are as soon as they are watched: looks are up to five seconds apart."""
+    run_dir = RunDir(tmp_path)
+    run_dir.attempt_logs(1).mkdir(parents=True)
+    gone = subprocess.Popen(["sleep", "600"])
+    name = name_of(gone)
+    gone.kill()
+    gone.wait()
+    other = Places(run_dir, 1, 1, 2)
+    other.tell(Place(2, 0, "forward"), 0.0)
+    file = run_dir.place_file(1, 1)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"process": name}))
+    guard = Watchdog(lambda _: None)
+    guard.start(run_dir, 1, 0, 2, 600.0)
+    try:
+        message = guard.lost(RuntimeError("gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+    finally:
+        guard.close()
+    assert message is not None and message.startswith("Rank 1 ")
+
+
 def test_a_deaf_rank_is_killed(tmp_path: Path) -> None:
     """Not one of another machine, and none that has only the same pid."""
     sleeper = subprocess.Popen(["sleep", "600"])
@@ -189,11 +215,10 @@ def test_a_deaf_rank_is_killed(tmp_path: Path) -> None:
     places = Places(run_dir, 1, 0, 1)
     places.tell(Place(), 0.0)
     file = run_dir.place_file(1, 0)
-    started = Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[19]
     for process, machine, is_killed in (
         (f"{sleeper.pid} 1", places.machine, False),
-        (f"{sleeper.pid} {started}", "elsewhere", False),
-        (f"{sleeper.pid} {started}", places.machine, True),
+        (name_of(sleeper), "elsewhere", False),
+        (name_of(sleeper), places.machine, True),
     ):
         told = {**json.loads(file.read_text()), "process": process, "machine": machine}
         file.write_text(json.dumps(told))

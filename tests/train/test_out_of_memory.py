@@ -8,6 +8,7 @@ import pytest
 
 from qwen_dist.config import Batch, Data, Method, Model, Parallel, Run, Source, Zero
 from qwen_dist.train.faults.out_of_memory import Held, advice, asked_bytes, gpu_words, planned
+from qwen_dist.train.probe import is_out_of_memory
 
 GB = 10**9
 RUN = Run(
@@ -84,3 +85,17 @@ def test_what_was_planned_is_the_memory_models(tmp_path: Path) -> None:
     assert 50 * GB < resting < 70 * GB, "bf16 weights, and an eighth of 12 bytes a parameter"
     assert step > 5 * GB and beside > 0.5 * GB
     assert planned(RUN, 8) == (0, 0, 0), "a model whose config cannot be read"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory: you tried 4 bytes.", True),
+        ("could not create a primitive", True),
+        ("could not create a memory object", True),
+        ("could not create a primitive descriptor for a matmul primitive", False),
+        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", False),
+    ],
+)
+def test_what_says_on_a_cpu_that_memory_ran_out(words: str, expected: bool) -> None:
+    assert is_out_of_memory(RuntimeError(words)) is expected

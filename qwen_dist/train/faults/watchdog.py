@@ -80,6 +80,7 @@ class Watchdog:
         self._stacks = (run_dir.attempt_logs(attempt) / f"rank_{rank}.log").open("ab")
         self._look_every_s = min(MAX_TELL_EVERY_S, floor_s / TELLS_IN_BOUND)
         faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
+        self._places.tell(place.here()[0], 0.0)  # a collective may fail before the first look
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
         self._thread.start()
 
