@@ -10,15 +10,17 @@ from qwen_dist.data.order.shard import StepPlan
 from qwen_dist.train.breakdown import Breakdown
 from qwen_dist.train.engine import Engine
 from qwen_dist.train.faults import place
+from qwen_dist.train.signals import StopRequest
 
 
 def held_out_loss(
-    engine: Engine, held_out: Prepared, plan: StepPlan, pad_id: int, breakdown: Breakdown
-) -> tuple[float, dict[str, float]]:
+    engine: Engine, held_out: Prepared, plan: StepPlan, pad_id: int, breakdown: Breakdown, stop: StopRequest
+) -> tuple[float, dict[str, float]] | None:
     """Mean negative log-likelihood, each trained token counted by its weight; the same number on every rank.
 
     Returns:
-        That of all tokens, and those of the kinds that `breakdown` knows, by the names they have in metrics.jsonl.
+        That of all tokens, and those of the kinds that `breakdown` knows, by the names they have in metrics.jsonl;
+        None where a rank was asked to stop before the last of its micro-batches.
     """
     world, nll_sum, weight = engine.world, 0.0, 0.0
     by_kind = np.zeros(2 * len(breakdown.names))
@@ -32,6 +34,8 @@ def held_out_loss(
                     nll_sum += float(engine.nll_sum(batch))
                 by_kind += breakdown.sums(samples, nll, is_predicted_here([batch]))
             weight += plan.weight(step)
+            if step < plan.num_steps and world.sum([float(stop.asked)])[0] > 0:
+                return None
     finally:
         engine.ds_engine.train()
     nll_sum, *sums_2K = world.sum([nll_sum, *by_kind.tolist()])

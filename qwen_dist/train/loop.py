@@ -19,7 +19,7 @@ from qwen_dist.train.step import train_step
 def train(job: Job, state: State) -> Iterator[State]:
     """Train from `state` to the end of the plan, or until asked to stop; yields the state after each step.
 
-    The last state that is yielded has been saved.
+    The last state that is yielded has been saved. A stop breaks an evaluation off; it is made when the run goes on.
 
     Raises:
         RunFailed: a fault that the run file does not pass over, or the last checkpoint could not be written.
@@ -27,6 +27,8 @@ def train(job: Job, state: State) -> Iterator[State]:
     feed = _feed_after(job, state)
     try:
         _compare_replicas_if_due(job, state, is_first=True)
+        if _is_evaluation_missing(job, state) and not _evaluate_saved(job, state):
+            return
         while state.step < job.plan.num_steps:
             is_asked = False
             if state.step + 1 in state.skipped_steps:
@@ -41,7 +43,10 @@ def train(job: Job, state: State) -> Iterator[State]:
                     continue
             job.saver.commit_written()
             _compare_replicas_if_due(job, state, is_first=False)
-            eval_loss = evaluate(job, state) if _evaluation_due(job, state.step) else None
+            eval_loss = None
+            if not is_asked and _evaluation_due(job, state.step):
+                eval_loss = _evaluate(job, state)
+                is_asked = eval_loss is None
             _save_if_due(job, state, eval_loss, is_last=is_asked or state.step == job.plan.num_steps)
             yield state
             if is_asked:
@@ -65,17 +70,34 @@ def _evaluation_due(job: Job, step: int) -> bool:
     if job.held_out is None:
         return False
     every_steps = job.run.evaluation.every_steps
-    if every_steps is None:
-        return job.plan.is_last_of_epoch(step)
-    return step % every_steps == 0 or step == job.plan.num_steps
+    is_due = job.plan.is_last_of_epoch(step) if every_steps is None else step % every_steps == 0
+    return is_due or step == job.plan.num_steps
 
 
-def evaluate(job: Job, state: State) -> float:
-    """The held-out loss, the same on every rank."""
+def _is_evaluation_missing(job: Job, state: State) -> bool:
+    """Whether the attempt that saved `state` was asked to stop before its evaluation was made."""
+    return state.step > 0 and _evaluation_due(job, state.step) and job.saver.loss_of(state.step) is None
+
+
+def _evaluate_saved(job: Job, state: State) -> bool:
+    """Make the evaluation of what was saved, and put it on record; False: asked to stop again."""
+    place.at("update", state.step)  # as after its update
+    eval_loss = _evaluate(job, state)
+    if eval_loss is None:
+        return False
+    job.saver.record_loss(state.step, eval_loss)
+    return True
+
+
+def _evaluate(job: Job, state: State) -> float | None:
+    """The held-out loss, the same on every rank; None: asked to stop meanwhile."""
     plan = job.held_out_plan
     assert job.held_out is not None and plan is not None
     started = time.perf_counter()
-    loss, by_kind = held_out_loss(job.engine, job.held_out, plan, job.pad_id, Breakdown(job.held_out))
+    found = held_out_loss(job.engine, job.held_out, plan, job.pad_id, Breakdown(job.held_out), job.stop)
+    if found is None:
+        return None
+    loss, by_kind = found
     if job.reporter is not None:
         job.reporter.evaluation(
             {

@@ -35,7 +35,7 @@ from qwen_dist.train.engine import Engine, make_engine
 from qwen_dist.train.faults import place
 from qwen_dist.train.faults.straggler import Stragglers
 from qwen_dist.train.faults.watchdog import Watchdog, watching
-from qwen_dist.train.final import gate_of
+from qwen_dist.train.final import end_of
 from qwen_dist.train.job import Job
 from qwen_dist.train.loop import train
 from qwen_dist.train.orphan import kill_children
@@ -104,10 +104,9 @@ def attempt(run_dir: RunDir, rank: int, stop: StopRequest) -> int:
     is_told = False
     try:
         with watching(end_hung) as watchdog:
-            state, num_steps = run_attempt(run_dir, stop, progress, watchdog)
-        finished = state.step == num_steps
-        code = EXIT_DONE if finished else EXIT_RESUMABLE
-        message = f"finished all {num_steps} steps" if finished else f"stopped and saved at step {state.step}"
+            state, has_ended = run_attempt(run_dir, stop, progress, watchdog)
+        code = EXIT_DONE if has_ended else EXIT_RESUMABLE
+        message = f"finished all {state.step} steps" if has_ended else f"stopped and saved at step {state.step}"
         is_told = code == EXIT_RESUMABLE and rank != 0 and told_by_rank_0(run_dir)
     except RankFailed as error:
         code, message = error.exit_code, str(error)
@@ -155,18 +154,18 @@ def is_outcome_there(run_dir: RunDir) -> bool:
     return False
 
 
-def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], watchdog: Watchdog) -> tuple[State, int]:
+def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], watchdog: Watchdog) -> tuple[State, bool]:
     """Train from the newest checkpoint, or from the start.
 
     Args:
         run_dir: holds run.json and ds_config.json.
         stop: asked, training ends after the step at hand.
-        progress: "attempt", "step" and "is_trained" (the last step is made) are kept up to date here, for the
-            outcome of a failed attempt too.
+        progress: "attempt", "step" and "is_trained" (the last step is made and evaluated) are kept up to date here,
+            for the outcome of a failed attempt too.
         watchdog: is started here, as soon as the ranks know each other.
 
     Returns:
-        The last state, and the number of steps of the whole run.
+        The last state, and whether the run has ended with it.
 
     Raises:
         RunFailed: the last held-out loss is not what it must be.
@@ -218,8 +217,8 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], wa
         stop.at_once(None)
         for state in train(job, start):
             progress["step"] = state.step
-        progress["is_trained"] = state.step == plan.num_steps
-        problem = gate_of(job, state)
+        has_ended, problem = end_of(job, state)
+        progress["is_trained"] = has_ended
     finally:
         place.at(place.END)
         job.ledger.close()
@@ -229,7 +228,7 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], wa
     world.leave()
     if problem is not None:
         raise RunFailed(problem)
-    return state, plan.num_steps
+    return state, has_ended
 
 
 def check_world_size(ds_config: dict[str, Any], world_size: int, run_dir: RunDir) -> None:

@@ -15,6 +15,10 @@ from typing import Any
 
 import pytest
 
+from qwen_dist.data.order.ledger import HEADER
+from qwen_dist.report.metrics import read_metrics
+from qwen_dist.run_dir import RunDir
+from qwen_dist.train.checkpoint.manifest import losses_of
 from tests.distributed.ranks import DEADLINE_S, Ranks, strike
 from tests.distributed.runs import (
     DEMO,
@@ -44,7 +48,7 @@ def written(folder: Path, name: str, **sections: Any) -> Path:
     """A run directory that is ready to be started, its data not tokenized yet."""
     rows = (DEMO / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "eval.jsonl").write_text("".join(rows[:20]), encoding="utf-8")
+    (folder / "eval.jsonl").write_text("".join(rows[:60]), encoding="utf-8")
     run_file = write_run_file(
         folder, name,
         data={"eval": [{"path": str(folder / "eval.jsonl")}], "eval_in_train": "drop"},
@@ -56,6 +60,12 @@ def written(folder: Path, name: str, **sections: Any) -> Path:
 def outcome(run_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run_dir / "outcome.json").read_text())
     return found
+
+
+def evaluations(run_dir: Path) -> dict[int, float]:
+    """The held-out losses by step."""
+    entries = read_metrics(run_dir / "metrics.jsonl")
+    return {entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry}
 
 
 def rank_log(run_dir: Path, rank: int) -> str:
@@ -85,8 +95,11 @@ def test_faults_at_every_moment_and_the_run_ends_like_one_without(ranks: Ranks, 
         assert f"Rank {rank} (" in outcome(struck)["message"] and " is gone (killed" in outcome(struck)["message"]
         assert output.count("error:") == 1 and "Traceback" not in output and "gloo" not in output
 
-    codes, output = ranks.run(struck, strike((1,), 4, "evaluation", TERM))
-    assert codes == [75, 75] and "stopped and saved at step" in outcome(struck)["message"], output
+    for rank, number in ((1, TERM), (0, USR1)):  # the second within the evaluation that the first has broken off
+        codes, output = ranks.run(struck, strike((rank,), 4, "evaluation", number))
+        assert codes == [75, 75] and outcome(struck)["message"] == "stopped and saved at step 4", output
+        assert "step 4, evaluation" in (struck / f"struck_{rank}").read_text()
+        assert evaluations(struck) == {}
     codes, output = ranks.run(struck, strike((0,), 6, "save", USR1, USR1, TERM, function="_save_if_due"))
     assert codes == [75, 75], output
     assert json.loads((struck / "checkpoints" / "step_00000007" / "state.json").read_text())["step"] == 7
@@ -102,10 +115,16 @@ def test_faults_at_every_moment_and_the_run_ends_like_one_without(ranks: Ranks, 
         assert "all_reduce" in rank_log(struck, 1 - rank), "the stack of the rank that waits"
     print(f"two stopped ranks: {time.monotonic() - started:.1f} s in all, the bound was {HANG_TIMEOUT_S} s")
 
+    codes, output = ranks.run(struck, strike((0,), 10, "evaluation", TERM))
+    assert codes == [75, 75] and outcome(struck)["message"] == "stopped and saved at step 10", output
+    assert list(evaluations(struck)) == [4, 8] and not outcome(struck)["is_trained"]
     codes, output = ranks.run(struck)
     assert codes == [0, 0], output
     assert_same_run(steady, struck)
-    assert_ledger(struck, num_attempts=len(list((struck / "ledger").glob("attempt_*_rank_0.bin"))))
+    assert list(evaluations(struck)) == [4, 8, 10] and evaluations(struck) == evaluations(steady)
+    assert losses_of(RunDir(struck))[10] == evaluations(steady)[10]
+    ledgers = [file.stat().st_size for file in (struck / "ledger").glob("attempt_*_rank_0.bin")]
+    assert_ledger(struck, num_attempts=sum(size > HEADER.size for size in ledgers))
 
     stop_an_export(steady)
 

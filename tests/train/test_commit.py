@@ -17,8 +17,8 @@ from qwen_dist.errors import UserError
 from qwen_dist.export.consolidate import choose_checkpoint
 from qwen_dist.run_dir import RunDir
 from qwen_dist.train.checkpoint.background import HostCopy, Need, Writer, lacking
-from qwen_dist.train.checkpoint.commit import commit, delete, incomplete, prepare, tidy, told_failure
-from qwen_dist.train.checkpoint.manifest import best_of, committed, damage, losses_of, superfluous
+from qwen_dist.train.checkpoint.commit import commit, delete, incomplete, prepare, record_loss, tidy, told_failure
+from qwen_dist.train.checkpoint.manifest import best_of, committed, damage, losses_of, read_manifest, superfluous
 from qwen_dist.train.checkpoint.shard_file import Piece
 from qwen_dist.train.checkpoint.share import Written, failed, write_share
 from qwen_dist.train.checkpoint.state import State
@@ -162,6 +162,17 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert losses_of(run_dir) == {6: 1.0, 12: None, 15: 1.2}
     save(run_dir, 18, None, keep=1, keep_best=False)
     assert names(run_dir) == ["latest", "step_00000018"]
+
+
+def test_a_loss_that_is_measured_after_the_save(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    save(run_dir, 5, 0.4)
+    folder = save(run_dir, 10)
+    files = read_manifest(folder).files
+    assert record_loss(run_dir, 10, 0.3) is None
+    assert losses_of(run_dir) == {5: 0.4, 10: 0.3} and read_manifest(folder).files == files
+    assert (run_dir.checkpoints / "best").read_text() == "step_00000010\n"
+    assert damage(folder) is None
 
 
 def test_what_is_exported_is_verified(tmp_path: Path) -> None:

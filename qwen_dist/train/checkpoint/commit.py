@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen_dist.config import Checkpoint
@@ -24,6 +24,7 @@ from qwen_dist.train.checkpoint.manifest import (
     committed,
     damage,
     losses_of,
+    read_manifest,
     step_of,
     superfluous,
     write_manifest,
@@ -128,6 +129,17 @@ def tidy(run_dir: RunDir, step: int, settings: Checkpoint) -> list[Path]:
     except OSError as error:
         get_logger().warning("%s is not in order (%s); nothing is lost", run_dir.checkpoints, error)
     return doomed
+
+
+def record_loss(run_dir: RunDir, step: int, eval_loss: float) -> str | None:
+    """Put the held-out loss of a committed checkpoint into its manifest, on rank 0; why not, or None."""
+    folder = run_dir.checkpoint(step)
+    try:
+        write_manifest(folder, replace(read_manifest(folder), eval_loss=eval_loss))
+        _point_to_best(run_dir, best_of(losses_of(run_dir)))
+    except OSError as error:
+        return failed(error).failure
+    return None
 
 
 def forget_after(run_dir: RunDir, step: int, settings: Checkpoint) -> None:

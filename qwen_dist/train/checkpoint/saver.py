@@ -24,6 +24,7 @@ from qwen_dist.train.checkpoint.commit import (
     incomplete,
     newest_step,
     prepare,
+    record_loss,
     tidy,
 )
 from qwen_dist.train.checkpoint.manifest import best_of, losses_of
@@ -98,6 +99,23 @@ class Saver:
             return False
         pending = self._under_way[0].eval_loss if self._under_way is not None else None
         return eval_loss < min(self._best_loss, math.inf if pending is None else pending)
+
+    def loss_of(self, step: int) -> float | None:
+        """The held-out loss that a committed checkpoint has on record, the same on every rank."""
+        loss: float | None = self._world.share(losses_of(self._run_dir).get(step) if self._world.is_main else None)
+        return loss
+
+    def record_loss(self, step: int, eval_loss: float) -> None:
+        """Put on record the held-out loss of a committed checkpoint's weights, measured after it was saved.
+
+        Raises:
+            RunFailed: it cannot be written.
+        """
+        failure = self._world.share(record_loss(self._run_dir, step, eval_loss) if self._world.is_main else None)
+        if failure is not None:
+            raise RunFailed(f"The held-out loss after step {step} cannot be put on record: {failure}.")
+        if math.isfinite(eval_loss):
+            self._best_loss = min(self._best_loss, eval_loss)
 
     def commit_written(self) -> None:
         """Commit what was written beside training, once all ranks have written."""
@@ -183,6 +201,8 @@ class Saver:
     def _write_and_end(self, prepared: Prepared, state: State, eval_loss: float | None, started: float) -> Outcome:
         """Write while training waits, since `started`, and commit."""
         if prepared.ended is not None:
+            if prepared.ended.failure is None and eval_loss is not None:  # it is there from before
+                self.record_loss(state.step, eval_loss)
             return prepared.ended
         self._waited_s = time.perf_counter() - started
         save, started = Save(state, eval_loss, self._waited_s), time.perf_counter()
