@@ -217,6 +217,22 @@ def test_nan_goes_back_and_passes_over_the_update_before_it(tmp_path: Path, pois
     assert read_state(run_dir / "checkpoints" / "step_00000006").skipped_steps == (4, 5)
 
 
+def test_a_rollback_passes_over_a_damaged_checkpoint(tmp_path: Path, poison: Poison) -> None:
+    """A byte of the newest one has flipped: sizes do not tell."""
+    run_file = poisoned_run(tmp_path, poison, "damaged")
+    train(run_file, "checkpoint.every_steps=1", expected_code=1)
+    run_dir = RunDir(tmp_path / "runs" / "damaged")
+    file = run_dir.checkpoint(3) / "rank_1.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    words = train(run_file, "faults.on_nonfinite=rollback")
+    assert "resumed from step_00000004" in words
+    assert "checkpoint step_00000003 is damaged (rank_1.safetensors has its size, but not its content" in words
+    assert "the run does not go back to it; it is kept as step_00000003.damaged" in words
+    assert "Back to the checkpoint of step 2; the data of step 4 and 5 is passed over" in words
+    assert list(step_metrics(run_dir.path)) == [1, 2, 3, 6, 7]
+
+
 def assert_same_tensors(first: Path, second: Path, step: int) -> None:
     tensors, others = engine_tensors(first, step), engine_tensors(second, step)
     assert tensors.keys() == others.keys() and tensors
@@ -248,13 +264,17 @@ def test_a_loss_that_jumps_goes_back_and_ends_when_too_much_is_skipped(tmp_path:
     assert "faults.max_skipped_steps=2 leaves no room to pass over more steps." in words
     assert not {step - 1, step} & step_metrics(run_dir).keys()
 
+    resumed = read_state(committed(RunDir(run_dir))[-1])  # from before the first jump, or from after it
+    skipped = resumed.skipped_steps
     words = train(run_file, "faults.on_spike=report")
     assert "Training goes on (faults.on_spike)." in words
     reported = [fault for fault in faults_of(run_dir) if fault["action"] == "report"]
     assert all(fault["fault_step"] in step_metrics(run_dir) for fault in reported)
-    assert list(step_metrics(run_dir)) == list(range(1, 31)), "what is only reported is trained"
-    assert reported[-1]["spikes"] == len(reported) and reported[-1]["skipped_steps"] == 0
-    assert "not trained" not in ledger_words(run_dir)
+    expected = [step for step in range(1, 31) if step not in skipped]
+    assert list(step_metrics(run_dir)) == expected, "what is only reported is trained"
+    assert reported[-1]["spikes"] == resumed.num_spikes + len(reported)
+    assert reported[-1]["skipped_steps"] == len(skipped)
+    assert ("not trained" in ledger_words(run_dir)) == bool(skipped)
 
 
 def test_a_flipped_bit_stops_the_run_and_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from qwen_dist.train.checkpoint.manifest import (
     committed,
     damage,
     read_manifest,
+    step_of,
 )
 from qwen_dist.train.checkpoint.shard_file import hash_of
 from qwen_dist.train.world import World
@@ -68,6 +69,18 @@ def checkpoint_to_start_from(path: Path, world: World) -> Path:
     if problem is not None:
         raise UserError(f"init_from={folder or path} cannot be read: {problem}; name another checkpoint.")
     return Path(folder)
+
+
+def is_whole_to_go_back_to(folder: Path, world: World) -> bool:
+    """Whether every byte of a run's own checkpoint is what was written; all ranks call it together.
+
+    Where it is not, it is put out of the way, with a warning.
+    """
+    problem = problem_of(folder, world)
+    if problem is not None and world.is_main:
+        _set_aside(folder, problem, "the run does not go back to it")
+    world.all_succeeded(True)  # its name is as it shall be before anyone looks again
+    return problem is None
 
 
 def problem_of(folder: Path, world: World) -> str | None:
@@ -131,16 +144,20 @@ def _first_look(folder: Path) -> tuple[str | None, str | None]:
 
 
 def _pass_over(run_dir: RunDir, problems: dict[Path, str], chosen: Path) -> None:
-    """Say so, put the damaged ones out of the way of those to come, and let `latest` name the chosen one."""
+    """Put the damaged ones out of the way of those to come, and let `latest` name the chosen one."""
     for folder, problem in problems.items():
-        aside = folder.with_name(folder.name + DAMAGED)
-        get_logger().warning(
-            "checkpoint %s is damaged (%s): going on from %s; it is kept as %s until step %d is saved again",
-            folder.name, problem, chosen.name, aside.name, int(folder.name[5:]),
-        )  # fmt: skip
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+        _set_aside(folder, problem, f"going on from {chosen.name}")
     latest = run_dir.checkpoints / LATEST
     if not latest.is_file() or latest.read_text(encoding="utf-8").strip() != chosen.name:
         write_atomically(latest, chosen.name + "\n")
     fsync_folder(run_dir.checkpoints)
+
+
+def _set_aside(folder: Path, problem: str, instead: str) -> None:
+    aside = folder.with_name(folder.name + DAMAGED)
+    get_logger().warning(
+        "checkpoint %s is damaged (%s): %s; it is kept as %s until step %d is saved again",
+        folder.name, problem, instead, aside.name, step_of(folder),
+    )  # fmt: skip
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)

@@ -12,7 +12,7 @@ from qwen_dist.data.reading.rows import shown
 from qwen_dist.errors import RunFailed, counted
 from qwen_dist.log import get_logger
 from qwen_dist.train.checkpoint.state import State
-from qwen_dist.train.faults.rollback import go_back, saved_steps
+from qwen_dist.train.faults.rollback import go_back, is_whole, saved_steps
 from qwen_dist.train.faults.suspects import nonfinite_weights, suspects_by_gradient, suspects_by_loss, told
 from qwen_dist.train.faults.verdict import Verdict, fault_of, is_spike, usual_loss, verdict, with_loss
 from qwen_dist.train.feed import Feed
@@ -27,7 +27,11 @@ def judge(job: Job, state: State, trained: Trained) -> Verdict:
     faults, usual = job.run.faults, usual_loss(state.recent_losses)
     if fault_of(trained.numbers, usual, faults.spike_factor) is None:
         return GO_ON
-    return verdict(trained.step, trained.numbers, state.recent_losses, state.skipped_steps, saved_steps(job), faults)
+    while True:
+        saved = saved_steps(job)
+        found = verdict(trained.step, trained.numbers, state.recent_losses, state.skipped_steps, saved, faults)
+        if found.go_back_to is None or is_whole(job, found.go_back_to, trained.step):
+            return found
 
 
 def after(job: Job, state: State, trained: Trained, found: Verdict) -> State:
