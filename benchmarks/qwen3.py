@@ -1,4 +1,4 @@
-"""A Qwen3 config.json of any shape, for benchmarks that need no weights."""
+"""A Qwen3 of any shape for benchmarks: its config.json, and random weights where they are needed."""
 
 from __future__ import annotations
 
@@ -19,3 +19,13 @@ def write_config(shape: ModelShape, folder: Path) -> str:
     path = folder / "config.json"
     path.write_text(json.dumps(config))
     return str(path)
+
+
+def with_weights(config: str) -> str:
+    """The folder of a config.json, with random bf16 weights beside it: 4 bits are made of weights that are there."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = str(Path(config).parent)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).save_pretrained(folder)
+    return folder

@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.qwen3 import write_config
+from benchmarks.qwen3 import with_weights, write_config
 from launch.zero import deepspeed_config
 from qwen_dist.activations import activations_of
 from qwen_dist.config import Run
@@ -153,16 +153,6 @@ def run_of(case: Case, folder: Path) -> Run:
     }
     sections = {name: {**plain.get(name, {}), **case.settings.get(name, {})} for name in {**plain, **case.settings}}
     return Run.model_validate({"name": "step", **sections})
-
-
-def with_weights(config: str) -> str:
-    """The folder of a config.json, with random bf16 weights beside it: 4 bits are made of weights that are there."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = str(Path(config).parent)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def matmul_flops(torch: Any, device: Any) -> float:
