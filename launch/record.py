@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.runfile.load import Loaded
+from qwen_dist.base_weights import weights_mark
 
 PACKAGES = ("qwen-dist", "torch", "transformers", "deepspeed", "peft", "tokenizers", "numpy", "wandb")
 
@@ -38,6 +39,7 @@ def make_record(
         "versions": versions(),
         "git": git_state(loaded.path.absolute().parent),
         "data": {**fingerprints, "counts": dict(counts) if counts else before.get("data", {}).get("counts")},
+        "base_weights": before.get("base_weights") or weights_mark(run.model.path),
         "wandb_id": wandb_id,
         "started_from": before.get("started_from"),  # which the trainer fills in
         "created": before.get("created") or datetime.now(timezone.utc).isoformat(timespec="seconds"),

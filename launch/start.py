@@ -31,6 +31,7 @@ from launch.slurm.stop_lead import stop_lead_s
 from launch.ssh.cluster import Cluster, node_argvs, planned_cluster
 from launch.supervise import read_outcome
 from launch.zero import deepspeed_config
+from qwen_dist.base_weights import require_same_weights
 from qwen_dist.config import Run
 from qwen_dist.continuation import unfit_start
 from qwen_dist.errors import EXIT_DONE, EnvironmentNotReady, UserError
@@ -145,6 +146,7 @@ def make_start(loaded: Loaded, cluster: Cluster | None = None) -> Start:
     data = _data_of(run)
     before = found.record if kind == "resume" else None
     if before is not None:
+        require_same_weights(run, before, run_dir.path)
         check_data(before, data.fingerprints, run_dir.path, lambda split, *names: _changes(run, *names))
     plan = corrected_plan(run, hardware, data.numbers)
     record = make_record(_as_planned(loaded, plan), data.fingerprints, data.counts, before)

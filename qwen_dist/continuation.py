@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from qwen_dist.base_weights import has_other_weights
 from qwen_dist.config import Run
 from qwen_dist.run_dir import RunDir
 
@@ -46,9 +47,14 @@ def unfit_start(run: Run) -> str | None:
     if run.init_from is None:
         return None
     with suppress(ValidationError, KeyError):
-        then = Run.model_validate(record_of(source_of(Path(run.init_from)))["config"])
-        if found := misfit(then, run):
+        record = record_of(source_of(Path(run.init_from)))
+        if found := misfit(Run.model_validate(record["config"]), run):
             return f"{found[0]} {found[1]} (init_from={run.init_from})."
+        if has_other_weights(run, record):
+            return (
+                f"model.path={run.model.path} holds other weights than init_from={run.init_from} was trained on, and "
+                "adapters go on beside those alone; put them back."
+            )
     return None
 
 

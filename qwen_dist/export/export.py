@@ -13,6 +13,7 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from qwen_dist.base_weights import require_same_weights
 from qwen_dist.config import Run
 from qwen_dist.data.cache.prepared import open_prepared
 from qwen_dist.data.encoding.tokenizer import ChatTokenizer, load_tokenizer
@@ -83,6 +84,7 @@ def export(
     run = Run.model_validate(record["config"])
     if adapter_only:
         _require_adapter(run)
+    require_same_weights(run, record, run_dir.path)
     checkpoint = choose_checkpoint(run_dir, step)
     tokenizer = load_tokenizer(run.tokenizer_path, run.model.revision)
     modes = record["data"]["counts"]["train"]["modes"]

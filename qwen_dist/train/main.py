@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import psutil
 import torch
 
+from qwen_dist.base_weights import require_same_weights
 from qwen_dist.config import Run
 from qwen_dist.data.encoding.tokenizer import load_tokenizer
 from qwen_dist.data.order.ledger import Ledger
@@ -174,6 +175,7 @@ def run_attempt(run_dir: RunDir, stop: StopRequest, progress: dict[str, int], wa
     run = Run.model_validate(record["config"])
     ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
     environ = dict(os.environ)
+    require_same_weights(run, record, run_dir.path)
     check_world_size(ds_config, int(rank_environment(environ)["WORLD_SIZE"]), run_dir)
     data = open_or_prepare(run, "train", record["data"]["train"], environ)
     held_out = open_or_prepare(run, "eval", record["data"]["eval"], environ) if record["data"]["eval"] else None

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from qwen_dist.report.metrics import read_metrics
-from tests.distributed.runs import DEMO, SMALL_QWEN3, qwen_dist, train, write_run_file
+from tests.distributed.runs import DEMO, SMALL_QWEN3, made, qwen_dist, train, write_run_file, write_weights
+from tests.ranks import try_ranks
 
 # PiSSA's adapters mean nothing without what they began with, which the second run takes over as well.
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "init": "pissa"}
@@ -37,6 +38,19 @@ def test_it_begins_where_the_other_ended(kind: str, tmp_path: Path) -> None:
     assert f"starting with the weights of {source / 'checkpoints' / 'step_00000004'}" in told
     (ended,), begun = eval_losses(source), eval_losses(tmp_path / "runs" / "second")
     assert begun == [pytest.approx(ended, rel=1e-6)]
+
+
+def test_other_base_weights_than_the_run_was_started_on(tmp_path: Path) -> None:
+    """They changed while the job was in the queue; every rank sees it, and one says so."""
+    base = write_weights(tmp_path / "base")
+    run_file = write_run_file(tmp_path, "queued", model={"path": str(base)}, method={"kind": "lora", "rank": 4})
+    run_dir = made(run_file).run_dir
+    weights = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(weights[:-4096] + bytes(4096))
+    codes, printed = try_ranks(2, "-m", "qwen_dist.train", str(run_dir.path))
+    assert codes == [2, 2], printed
+    assert "".join(printed).count("error:") == 1
+    assert f"error: The weights in model.path={base} have changed since {run_dir.path} was started" in "".join(printed)
 
 
 def test_what_it_cannot_start_from(tmp_path: Path) -> None:

@@ -77,6 +77,16 @@ def test_an_earlier_step_is_exported_on_demand(trained, tmp_path):
     assert exported_eval_loss(trained("full zero3"), model) == pytest.approx(at_step_2, rel=1e-5)
 
 
+def test_adapters_are_not_merged_into_other_weights(trained, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(trained("lora zero2").path, path)
+    record = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**record, "base_weights": "0" * 32}))
+    with pytest.raises(UserError, match=r"The weights in model\.path=.* have changed since .*run was started"):
+        export(path, None, False, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_merging_rounds_once(trained):
     """Against the formula by hand, from the adapters as peft saves them."""
     run_dir = trained("lora zero2")

@@ -7,9 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from launch.changed_data import what_changed
+from launch.runfile.load import load_run
+from qwen_dist.continuation import unfit_start
 from tests.launch.conftest import TOKENIZER, Result, write_run
 
 
@@ -87,3 +91,40 @@ def test_all_at_once_and_what_cannot_be_told() -> None:
     ]
     assert what_changed(meta(), meta(num_files=2)) == ["the number of files (1, now 2)"]
     assert what_changed(meta(), meta()) == what_changed({}, meta()) == []
+
+
+def write_base(folder: Path, seed: int) -> None:
+    """A base model's file, of which no more than one 20th differs by the seed."""
+    weights = np.zeros(1 << 22, np.uint8)
+    weights[-(len(weights) // 20) - (1 << 20) : -(1 << 20)] = seed
+    save_file({"weight": weights}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_other_base_weights(kind: str, project: Path, cli: Callable[..., Result]) -> None:
+    """Adapters fit those that they were trained on alone; a model that is trained in full has its own."""
+    (project / "base").mkdir()
+    shutil.copy(project / "config.json", project / "base")
+    write_base(project / "base", 1)
+    write_run(project, model={"path": "base", "tokenizer": str(TOKENIZER)}, method={"kind": kind})
+    assert cli("train", "run.yaml", "--dry-run").code == 0
+    run_json = project / "runs" / "small" / "run.json"
+    (project / "runs" / "small" / "metrics.jsonl").write_text('{"step": 1}\n')
+    mark = json.loads(run_json.read_text())["base_weights"]
+    write_base(project / "base", 1)
+    assert cli("train", "run.yaml", "--dry-run").code == 0
+    write_base(project / "base", 2)
+    result = cli("train", "run.yaml", "--dry-run")
+    assert json.loads(run_json.read_text())["base_weights"] == mark
+    if kind == "full":
+        assert result.code == 0, result.err
+        return
+    assert result.code == 2
+    assert f"error: The weights in model.path={project / 'base'} have changed since" in result.err
+    update = {"name": "next", "init_from": str(run_json.parent)}
+    problem = unfit_start(load_run(project / "run.yaml").run.model_copy(update=update))
+    assert problem is not None and problem.startswith(
+        f"model.path={project / 'base'} holds other weights than init_from="
+    )
+    write_base(project / "base", 1)
+    assert unfit_start(load_run(project / "run.yaml").run.model_copy(update=update)) is None
