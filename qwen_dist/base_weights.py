@@ -1,12 +1,14 @@
-"""The base weights that a run's adapters were trained on, known again by samples of their bytes."""
+"""The base weights that a run's adapters were trained on, known again by samples of their bytes.
+
+Pydantic and the standard library only.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from qwen_dist.config import Run
 from qwen_dist.errors import UserError
@@ -24,12 +26,12 @@ def weights_mark(model_path: str) -> str | None:
         model_path: `model.path`, resolved.
 
     Returns:
-        32 hex digits (XXH3); None: it is one of the hub, or a config.json without weights.
+        32 hex digits (BLAKE2b); None: it is one of the hub, or a config.json without weights.
     """
     files = sorted(Path(model_path).glob("*.safetensors")) if is_local(model_path) else []
     if not files:
         return None
-    digest = xxhash.xxh3_128()
+    digest = hashlib.blake2b(digest_size=16)
     for path in files:
         num_bytes = path.stat().st_size
         digest.update(f"{path.name} {num_bytes}\n".encode())
