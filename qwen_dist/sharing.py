@@ -24,7 +24,7 @@ def check_sequence(shape: ModelShape, sequence: int) -> None:
     """
     if can_share(shape, sequence):
         return
-    fitting = max(number for number in range(1, min(sequence, shape.num_heads) + 1) if can_share(shape, number))
+    fitting = max(number for number in range(1, sequence) if can_share(shape, number))
     larger = [number for number in range(sequence + 1, shape.num_heads + 1) if can_share(shape, number)]
     choices = f"{fitting} or {larger[0]}" if larger else f"{fitting}"
     raise UserError(
