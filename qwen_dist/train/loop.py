@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from qwen_dist.log import get_logger
 from qwen_dist.train.breakdown import Breakdown
 from qwen_dist.train.checkpoint.state import State
 from qwen_dist.train.evaluate import held_out_loss
@@ -44,9 +45,11 @@ def train(job: Job, state: State) -> Iterator[State]:
             job.saver.commit_written()
             _compare_replicas_if_due(job, state, is_first=False)
             eval_loss = None
-            if not is_asked and _evaluation_due(job, state.step):
-                eval_loss = _evaluate(job, state)
+            if _evaluation_due(job, state.step):
+                eval_loss = None if is_asked else _evaluate(job, state)
                 is_asked = eval_loss is None
+                if is_asked and job.engine.world.is_main:
+                    get_logger().info("step %d  asked to stop: evaluated when the run goes on", state.step)
             _save_if_due(job, state, eval_loss, is_last=is_asked or state.step == job.plan.num_steps)
             yield state
             if is_asked:

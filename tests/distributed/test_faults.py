@@ -100,6 +100,7 @@ def test_faults_at_every_moment_and_the_run_ends_like_one_without(ranks: Ranks, 
         assert codes == [75, 75] and outcome(struck)["message"] == "stopped and saved at step 4", output
         assert "step 4, evaluation" in (struck / f"struck_{rank}").read_text()
         assert evaluations(struck) == {}
+        assert ("step 4  asked to stop: evaluated when the run goes on" in output) is (number == TERM)
     codes, output = ranks.run(struck, strike((0,), 6, "save", USR1, USR1, TERM, function="_save_if_due"))
     assert codes == [75, 75], output
     assert json.loads((struck / "checkpoints" / "step_00000007" / "state.json").read_text())["step"] == 7
