@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash_utils
 from torch.nn.attention import varlen
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from qwen_dist.data.batches import MicroBatch, build_micro_batch
@@ -178,16 +177,3 @@ def test_forward_is_told_the_boundaries() -> None:
 def test_what_computes_here() -> None:
     assert attention_in_force("auto", "cpu", "bf16") == ("sdpa", "no GPU")
     assert attention_in_force("eager", "cpu", "fp32") == ("eager", "asked for")
-
-
-def test_a_short_sample_in_bf16_is_computed_in_fp32_on_a_cpu() -> None:
-    lengths = (packed.FP32_TOKENS_ON_CPU, packed.FP32_TOKENS_ON_CPU + 1)
-    query, key, value = (torch.randn(1, heads, sum(lengths), 8).bfloat16() for heads in (4, 2, 2))
-    bounds = packed.Boundaries(lengths, torch.tensor([0, lengths[0], sum(lengths)]), lengths[1])
-    found, _ = packed.sdpa(torch.nn.Identity(), query, key, value, None, boundaries=bounds)
-    assert found.dtype == torch.bfloat16
-    expected = scaled_dot_product_attention(
-        query.float()[:, :, : lengths[0]], key.float()[:, :, : lengths[0]], value.float()[:, :, : lengths[0]],
-        is_causal=True, enable_gqa=True,
-    )  # fmt: skip
-    assert torch.equal(found[:, : lengths[0]], expected.transpose(1, 2).bfloat16())

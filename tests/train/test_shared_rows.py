@@ -154,6 +154,8 @@ def test_a_hung_rank_has_its_groups_samples() -> None:
     watchdog.plan, watchdog.sequence, watchdog._world_size = Plan(), 2, 4
     seen = {rank: Seen(Place(step=3, phase="forward", micro_batch=1), "n1", 0.0, 0.0) for rank in range(4)}
     assert [watchdog._samples(rank, seen) for rank in range(4)] == [[1], [1], [11], [11]]
+    for phase in ("evaluation", "save"):  # the fifth micro-batch of an evaluation, and the save after it
+        assert watchdog._samples(0, {0: Seen(Place(3, 4, phase), "n1", 0.0, 0.0)}) is None
 
 
 def test_forward_is_nobodys_own_where_attention_is_shared() -> None:

@@ -194,9 +194,12 @@ class Watchdog:
             time.sleep(self._look_every_s)
 
     def _samples(self, rank: int, seen: Mapping[int, hang.Seen]) -> Sequence[int] | None:
-        """The samples of the micro-batch at which a rank is; every rank can tell those of any."""
+        """The samples of the micro-batch at which a rank is; every rank can tell those of any.
+
+        None in an evaluation, nor in a save, whose place still has the number of an evaluation's last micro-batch.
+        """
         at = seen[rank].place if rank in seen else Place()
-        if self.plan is None or not at.step or at.phase == "evaluation":
+        if self.plan is None or not at.step or at.phase in ("evaluation", "save"):
             return None
         group, groups = rank // self.sequence, self._world_size // self.sequence
         samples: list[int] = self.plan.packs_of(at.step, group, groups)[at.micro_batch].tolist()

@@ -28,9 +28,6 @@ from qwen_dist.train.model.shared import shared
 
 # Of sliding windows: query rows that have a mask at one time.
 WINDOW_ROWS = 512
-# Up to so many tokens, torch's CPU kernel takes 1.3 to 2.4 times as long in bf16, forward and backward, as in fp32 with
-# its casts (torch 2.13, AVX-512 BF16); from 192 on it does not.
-FP32_TOKENS_ON_CPU = 128
 # The prefix keeps transformers' own checks, of names with "flash" in them, away: it would look for a hub kernel.
 PREFIX = "packed_"
 SHORT = {name: name.replace("flash_attention_", "fa") for name in FLASH}
@@ -99,9 +96,6 @@ def _one_sample(
     """Causal attention of a sample's L tokens; with a window, each sees itself and those before it, `window` in all."""
     length = query.shape[2]
     if window is None or window >= length:
-        if not query.is_cuda and query.dtype == torch.bfloat16 and length <= FP32_TOKENS_ON_CPU:
-            wide = (tensor.float() for tensor in (query, key, value))
-            return scaled_dot_product_attention(*wide, is_causal=True, **options).to(query.dtype)
         return scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     outputs = []
     for start in range(0, length, WINDOW_ROWS):
