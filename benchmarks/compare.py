@@ -1,13 +1,15 @@
-"""The same rows trained by qwen-dist, by TRL's SFTTrainer and by a plain PyTorch loop, in turns, in one run.
+"""The same rows trained by qwen-dist, by TRL, by LLaMA-Factory and by a plain PyTorch loop, in turns, in one run.
 
 What counts is trained (supervised) tokens per second and peak memory. qwen-dist runs as a user starts it
-(`qwen-dist train`: DeepSpeed, checkpoints, metrics). TRL runs padded and packed, and its best is compared. The plain
-loop is what one would write by hand: packed rows, the head on supervised positions only, in bf16 chunks; no DeepSpeed,
-no checkpoint. Each contender is a process of its own, and they take turns, so that other work on the machine falls on
-all alike.
+(`qwen-dist train`: DeepSpeed, checkpoints, metrics). TRL and LLaMA-Factory run padded and packed, and the best of each
+is compared; LLaMA-Factory wants older packages than we do, and has a Python of its own. The plain loop is what one
+would write by hand: packed rows, the head on supervised positions only, in bf16 chunks; no DeepSpeed, no checkpoint.
+Each contender is a process of its own, and they take turns, so that other work on the machine falls on all alike.
 
     pip install trl
     python benchmarks/compare.py --data ../shared/data/alpaca_en_demo.jsonl --tokenizer ../shared/qwen3-tokenizer
+    python -m venv lf && lf/bin/pip install llamafactory
+    python benchmarks/compare.py ... --llama-factory lf/bin/python
 """
 
 from __future__ import annotations
@@ -46,12 +48,17 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="folder of a Qwen3 tokenizer")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["head", "body"])
     parser.add_argument("--method", nargs="+", choices=["full", "lora"], default=["full", "lora"])
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="default: all that are installed")
+    parser.add_argument("--llama-factory", metavar="PYTHON", help="a Python that has LLaMA-Factory installed")
     parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of each turn")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each contender")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args()
+    if options.only is None:
+        options.only = [name for name in CONTENDERS if options.llama_factory or not name.startswith("LLaMA-Factory")]
+    if any(name.startswith("LLaMA-Factory") for name in options.only) and not options.llama_factory:
+        sys.exit("error: --llama-factory names no Python that has LLaMA-Factory; install it in one of its own")
     if any(name.startswith("TRL") for name in options.only) and importlib.util.find_spec("trl") is None:
         sys.exit("error: TRL is not installed; pip install trl, or leave it out: --only qwen-dist 'plain loop'")
     found: dict[str, Any] = {}
@@ -61,7 +68,9 @@ def main() -> None:
                 Path(folder, "config.json").write_text(json.dumps(SHAPES[shape]))
                 write_rows(Path(options.data), Path(folder, "rows.jsonl"))
                 spec = Spec(folder, str(Path(options.tokenizer).resolve()), method, options.steps, options.threads)
-                found[f"{shape} {method}"] = compared(spec, options.only, options.turns)
+                pythons = {name: sys.executable for name in options.only}
+                pythons |= {name: options.llama_factory for name in options.only if name.startswith("LLaMA-Factory")}
+                found[f"{shape} {method}"] = compared(spec, pythons, options.turns)
             show(f"{shape}-heavy, {method}", found[f"{shape} {method}"])
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
@@ -77,12 +86,12 @@ def write_rows(alpaca: Path, path: Path) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def compared(spec: Spec, names: list[str], turns: int) -> dict[str, dict[str, Any]]:
-    """Each contender's median over the turns; the most memory of them."""
-    results: dict[str, list[Result]] = {name: [] for name in names}
+def compared(spec: Spec, pythons: dict[str, str], turns: int) -> dict[str, dict[str, Any]]:
+    """Each contender's median over the turns, each by its Python; the most memory of them."""
+    results: dict[str, list[Result]] = {name: [] for name in pythons}
     for _ in range(turns):
-        for name in names:
-            results[name].append(in_its_own_process(name, spec))
+        for name, python in pythons.items():
+            results[name].append(in_its_own_process(name, spec, python))
     return {
         name: {
             "supervised_tokens_per_s": statistics.median(result.supervised_tokens_per_s for result in of_name),
@@ -95,9 +104,9 @@ def compared(spec: Spec, names: list[str], turns: int) -> dict[str, dict[str, An
     }
 
 
-def in_its_own_process(name: str, spec: Spec) -> Result:
+def in_its_own_process(name: str, spec: Spec, python: str) -> Result:
     """Run a contender in a process that ends with it, with all cores and no network."""
-    command = [sys.executable, __file__, "--child", name, json.dumps(asdict(spec))]
+    command = [python, __file__, "--child", name, json.dumps(asdict(spec))]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -111,11 +120,11 @@ def in_its_own_process(name: str, spec: Spec) -> Result:
 
 def show(title: str, found: dict[str, dict[str, Any]]) -> None:
     first = next(iter(found.values()))["supervised_tokens_per_s"]
-    print(f"\n{title}\n{'':<12} {'trained tokens/s':>17} {'tokens/s':>9} {'peak GB':>8}  qwen-dist is")
+    print(f"\n{title}\n{'':<20} {'trained tokens/s':>17} {'tokens/s':>9} {'peak GB':>8}  qwen-dist is")
     for name, values in found.items():
         times = "" if values is next(iter(found.values())) else f"{first / values['supervised_tokens_per_s']:.2f} times"
         print(
-            f"{name:<12} {values['supervised_tokens_per_s']:>17.0f} {values['tokens_per_s']:>9.0f} "
+            f"{name:<20} {values['supervised_tokens_per_s']:>17.0f} {values['tokens_per_s']:>9.0f} "
             f"{values['peak_gb']:>8.2f}  {times}",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""Who trains in `compare.py`: qwen-dist, TRL's SFTTrainer padded and packed, and a plain PyTorch loop."""
+"""Who trains in `compare.py`: qwen-dist, TRL's SFTTrainer, LLaMA-Factory, and a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -208,6 +208,65 @@ def trl(spec: Spec, packing: bool) -> Result:
     return result_of(per_step, [after - before for before, after in itertools.pairwise(ends)])
 
 
+def llama_factory_padded(spec: Spec) -> Result:
+    """LLaMA-Factory, rows of like length in a batch, 8 at a time."""
+    return llama_factory(spec, packing=False)
+
+
+def llama_factory_packed(spec: Spec) -> Result:
+    """LLaMA-Factory's neat packing: its samples see themselves only, by a mask of all pairs on a CPU."""
+    return llama_factory(spec, packing=True)
+
+
+def llama_factory(spec: Spec, packing: bool) -> Result:
+    from llamafactory.train.sft import trainer as module
+    from llamafactory.train.tuner import run_exp
+    from transformers import TrainerCallback
+
+    folder = Path(spec.folder, "llama-factory")
+    folder.mkdir(exist_ok=True)
+    files = [Path(spec.folder, "config.json"), *Path(spec.tokenizer).iterdir()]
+    for file in [file for file in files if not (folder / file.name).exists()]:
+        (folder / file.name).symlink_to(file.resolve())
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    rows = {"file_name": spec.rows, "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": rows}))
+    at_once = 1 if packing else 8
+    each = (PACKS if packing else ROWS) // at_once
+    settings = {
+        "stage": "sft", "do_train": True, "finetuning_type": spec.method, "model_name_or_path": str(folder),
+        "train_from_scratch": True, "dataset": "rows", "dataset_dir": str(folder), "template": "qwen3_nothink",
+        "cutoff_len": MAX_TOKENS, "packing": packing, "neat_packing": packing, "flash_attn": "sdpa",
+        "disable_gradient_checkpointing": True, "bf16": True, "use_cpu": True, "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": each, "max_steps": WARM_UP + spec.steps, "learning_rate": 1e-5,
+        "output_dir": str(folder / f"out-{time.time_ns()}"), "report_to": "none", "save_strategy": "no",
+        "logging_steps": 1, "disable_tqdm": True, "train_sampling_strategy": "random" if packing else "group_by_length",
+    }  # fmt: skip
+    if spec.method == "lora":
+        settings |= {"lora_rank": LORA["rank"], "lora_alpha": LORA["alpha"], "lora_target": "all"}
+    counts: list[tuple[int, int]] = []
+    ends: list[float] = []
+    plain_loss = module.CustomSeq2SeqTrainer.compute_loss
+
+    def counting_loss(self: Any, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+        labels, mask = inputs["labels"], inputs["attention_mask"]
+        tokens = int((mask != 0).sum()) if mask.dim() == 2 else labels.numel()
+        counts.append((int((labels[:, 1:] != -100).sum()), tokens))
+        return plain_loss(self, model, inputs, *rest, **options)
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *arguments: Any, **options: Any) -> None:
+            ends.append(time.perf_counter())
+
+        def on_train_end(self, *arguments: Any, **options: Any) -> None:
+            ends.append(time.perf_counter())
+
+    module.CustomSeq2SeqTrainer.compute_loss = counting_loss
+    run_exp(settings, callbacks=[Clock()])
+    per_step = [tuple(map(sum, zip(*counts[at : at + each], strict=True))) for at in range(0, len(counts), each)]
+    return result_of(per_step, [after - before for before, after in itertools.pairwise(ends)])
+
+
 def result_of(counts: list[Any], clock: list[float]) -> Result:
     """Rates of the steps after warm-up; counts are (supervised, all) tokens of each step."""
     supervised, tokens = (sum(column) for column in zip(*counts[WARM_UP:], strict=True))
@@ -216,4 +275,7 @@ def result_of(counts: list[Any], clock: list[float]) -> Result:
     return Result(supervised / seconds, tokens / seconds, peak_gb)
 
 
-CONTENDERS = {"qwen-dist": ours, "TRL padded": trl_padded, "TRL packed": trl_packed, "plain loop": plain}
+CONTENDERS = {
+    "qwen-dist": ours, "TRL padded": trl_padded, "TRL packed": trl_packed,
+    "LLaMA-Factory padded": llama_factory_padded, "LLaMA-Factory packed": llama_factory_packed, "plain loop": plain,
+}  # fmt: skip
