@@ -182,6 +182,39 @@ def test_a_process_that_is_stuck_ends(way: str, tmp_path: Path) -> None:
         assert done.stdout == "" and "Timeout" in log
 
 
+# One of two ranks that wait for each other, with a bound of its own.
+WAITING = """
+import os, sys, time
+from pathlib import Path
+from qwen_dist.run_dir import RunDir
+from qwen_dist.train.faults import place, watchdog
+rank, floor_s = int(sys.argv[2]), float(sys.argv[3])
+def end(message):
+    print(message or "another rank says it", flush=True)
+    os._exit(1)
+guard = watchdog.Watchdog(end)
+guard.start(RunDir(Path(sys.argv[1])), 1, rank, 2, floor_s)
+for step in (1, 2, 3):
+    place.at("data", step)
+    time.sleep(0.15)
+place.at("backward")
+time.sleep(600)
+"""
+
+
+def test_ranks_whose_bounds_differ_end_together(tmp_path: Path) -> None:
+    """The one that finds out first waits for the other, which must not take the wait for progress."""
+    RunDir(tmp_path).attempt_logs(1).mkdir(parents=True)
+    started = [
+        subprocess.Popen([sys.executable, "-c", WAITING, tmp_path, rank, floor_s], stdout=subprocess.PIPE, text=True)
+        for rank, floor_s in (("0", "2.2"), ("1", "1.6"))
+    ]
+    words = [process.communicate(timeout=60)[0] for process in started]
+    assert [process.returncode for process in started] == [1, 1], words
+    assert "all ranks live and wait for each other at step 3, backward" in words[0]
+    assert words[1] == "another rank says it\n"
+
+
 def name_of(process: subprocess.Popen[bytes]) -> str:
     return f"{process.pid} {process_start(process.pid)}"
 

@@ -182,13 +182,16 @@ class Watchdog:
         self._end(message)
 
     def _wait_for_dumps(self, where: Place, silent_s: float) -> dict[int, Told]:
-        """What all ranks tell once each that tells anything has dumped its stacks, or can be waited for no longer."""
-        started = time.monotonic()
-        idle_s, deadline = started - self._moved_at, started + max(DUMP_LOOKS * self._look_every_s, MIN_PATIENCE_S)
+        """What all ranks tell once each that tells anything has dumped its stacks, or can be waited for no longer.
+
+        Its own idle time grows meanwhile: by that, others whose bound is longer come to the same verdict.
+        """
+        deadline = time.monotonic() + max(DUMP_LOOKS * self._look_every_s, MIN_PATIENCE_S)
         while True:
-            self._places.tell(where, idle_s, has_dumped=True)
+            now = time.monotonic()
+            self._places.tell(where, now - self._moved_at, has_dumped=True)
             told = self._places.read()
-            is_over = time.monotonic() >= deadline
+            is_over = now >= deadline
             if is_over or all(found.has_dumped or found.seen.silent_s > silent_s for found in told.values()):
                 return told
             time.sleep(self._look_every_s)
