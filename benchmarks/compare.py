@@ -18,6 +18,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="folder of a Qwen3 tokenizer")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["head", "body"])
     parser.add_argument("--method", nargs="+", choices=["full", "lora"], default=["full", "lora"])
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="default: all that are installed")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="default: all; LLaMA-Factory where it is named")
     parser.add_argument("--llama-factory", metavar="PYTHON", help="a Python that has LLaMA-Factory installed")
     parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps of each turn")
     parser.add_argument("--turns", type=int, default=2)
@@ -57,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.only is None:
         options.only = [name for name in CONTENDERS if options.llama_factory or not name.startswith("LLaMA-Factory")]
-    if any(name.startswith("LLaMA-Factory") for name in options.only) and not options.llama_factory:
+    if any(name.startswith("LLaMA-Factory") for name in options.only) and not shutil.which(options.llama_factory or ""):
         sys.exit("error: --llama-factory names no Python that has LLaMA-Factory; install it in one of its own")
     if any(name.startswith("TRL") for name in options.only) and importlib.util.find_spec("trl") is None:
         sys.exit("error: TRL is not installed; pip install trl, or leave it out: --only qwen-dist 'plain loop'")

@@ -160,7 +160,7 @@ def trl(spec: Spec, packing: bool) -> Result:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     rows = [json.loads(line)["messages"] for line in Path(spec.rows).read_text().splitlines()]
@@ -181,7 +181,7 @@ def trl(spec: Spec, packing: bool) -> Result:
     if spec.method == "lora":
         peft_config = LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules="all-linear")
     counts: list[tuple[int, int]] = []
-    ends: list[float] = []
+    clock = clock_of_trainer()
 
     class Counting(SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
@@ -190,22 +190,14 @@ def trl(spec: Spec, packing: bool) -> Result:
             counts.append((int((labels[:, 1:] != -100).sum()), tokens))
             return super().compute_loss(model, inputs, *rest, **options)
 
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *arguments: Any, **options: Any) -> None:
-            ends.append(time.perf_counter())
-
-        def on_train_end(self, *arguments: Any, **options: Any) -> None:
-            ends.append(time.perf_counter())
-
     tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer)
     trainer = Counting(
         model=model, args=settings, train_dataset=data, processing_class=tokenizer, peft_config=peft_config,
-        callbacks=[Clock()],
+        callbacks=[clock],
     )  # fmt: skip
     trainer.train()
     each = settings.gradient_accumulation_steps
-    per_step = [tuple(map(sum, zip(*counts[at : at + each], strict=True))) for at in range(0, len(counts), each)]
-    return result_of(per_step, [after - before for before, after in itertools.pairwise(ends)])
+    return result_of_micro_batches(counts, each, clock.ends)
 
 
 def llama_factory_padded(spec: Spec) -> Result:
@@ -221,7 +213,6 @@ def llama_factory_packed(spec: Spec) -> Result:
 def llama_factory(spec: Spec, packing: bool) -> Result:
     from llamafactory.train.sft import trainer as module
     from llamafactory.train.tuner import run_exp
-    from transformers import TrainerCallback
 
     folder = Path(spec.folder, "llama-factory")
     folder.mkdir(exist_ok=True)
@@ -245,7 +236,7 @@ def llama_factory(spec: Spec, packing: bool) -> Result:
     if spec.method == "lora":
         settings |= {"lora_rank": LORA["rank"], "lora_alpha": LORA["alpha"], "lora_target": "all"}
     counts: list[tuple[int, int]] = []
-    ends: list[float] = []
+    clock = clock_of_trainer()
     plain_loss = module.CustomSeq2SeqTrainer.compute_loss
 
     def counting_loss(self: Any, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
@@ -254,15 +245,30 @@ def llama_factory(spec: Spec, packing: bool) -> Result:
         counts.append((int((labels[:, 1:] != -100).sum()), tokens))
         return plain_loss(self, model, inputs, *rest, **options)
 
+    module.CustomSeq2SeqTrainer.compute_loss = counting_loss
+    run_exp(settings, callbacks=[clock])
+    return result_of_micro_batches(counts, each, clock.ends)
+
+
+def clock_of_trainer() -> Any:
+    """A callback of transformers' Trainer; its `ends` has the time at which each step began, and the last one ended."""
+    from transformers import TrainerCallback
+
     class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
         def on_step_begin(self, *arguments: Any, **options: Any) -> None:
-            ends.append(time.perf_counter())
+            self.ends.append(time.perf_counter())
 
         def on_train_end(self, *arguments: Any, **options: Any) -> None:
-            ends.append(time.perf_counter())
+            self.ends.append(time.perf_counter())
 
-    module.CustomSeq2SeqTrainer.compute_loss = counting_loss
-    run_exp(settings, callbacks=[Clock()])
+    return Clock()
+
+
+def result_of_micro_batches(counts: list[tuple[int, int]], each: int, ends: list[float]) -> Result:
+    """`result_of` steps of `each` micro-batches, whose (supervised, all) tokens are given."""
     per_step = [tuple(map(sum, zip(*counts[at : at + each], strict=True))) for at in range(0, len(counts), each)]
     return result_of(per_step, [after - before for before, after in itertools.pairwise(ends)])
 

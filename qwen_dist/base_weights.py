@@ -27,18 +27,26 @@ def weights_mark(model_path: str) -> str | None:
 
     Returns:
         32 hex digits (BLAKE2b); None: it is one of the hub, or a config.json without weights.
+
+    Raises:
+        UserError: a file of them cannot be read.
     """
     files = sorted(Path(model_path).glob("*.safetensors")) if is_local(model_path) else []
     if not files:
         return None
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
-        num_bytes = path.stat().st_size
-        digest.update(f"{path.name} {num_bytes}\n".encode())
-        with path.open("rb") as file:
-            for number in range(SAMPLES):
-                file.seek(max(0, num_bytes - SAMPLE_BYTES) * number // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
+        try:
+            num_bytes = path.stat().st_size
+            digest.update(f"{path.name} {num_bytes}\n".encode())
+            with path.open("rb") as file:
+                for number in range(SAMPLES):
+                    file.seek(max(0, num_bytes - SAMPLE_BYTES) * number // (SAMPLES - 1))
+                    digest.update(file.read(SAMPLE_BYTES))
+        except OSError as error:
+            raise UserError(
+                f"model.path={model_path}: {path} cannot be read ({error.strerror}); see that it is there, and yours."
+            ) from None
     return digest.hexdigest()
 
 

@@ -128,3 +128,14 @@ def test_other_base_weights(kind: str, project: Path, cli: Callable[..., Result]
     )
     write_base(project / "base", 1)
     assert unfit_start(load_run(project / "run.yaml").run.model_copy(update=update)) is None
+
+
+def test_weights_that_cannot_be_read(project: Path, cli: Callable[..., Result]) -> None:
+    """A link into a cache that is gone."""
+    (project / "base").mkdir()
+    shutil.copy(project / "config.json", project / "base")
+    (project / "base" / "model.safetensors").symlink_to(project / "gone")
+    write_run(project, model={"path": "base", "tokenizer": str(TOKENIZER)})
+    result = cli("train", "run.yaml", "--dry-run")
+    assert result.code == 2
+    assert f"{project / 'base' / 'model.safetensors'} cannot be read (No such file or directory)" in result.err

@@ -45,7 +45,7 @@ def go_back(job: Job, state: State, found: Verdict) -> State:
         The state to go on from.
     """
     assert found.go_back_to is not None
-    place.at(place.START_UP, 0)  # it takes as long as it takes here, too
+    place.at(place.START_UP, 0)  # reading is no progress that shows: as in `is_whole`
     folder, world = job.run_dir.checkpoint(found.go_back_to), job.engine.world
     restored = read_state(folder)
     restore(job.engine, folder)
