@@ -145,11 +145,15 @@ def _zero(facts: _Facts) -> list[Setting]:
     stage, reduce = facts.run.zero_stage, facts.sizes.reduce
     shares = "optimizer and gradients" if stage == 2 else "optimizer, gradients and weights"
     overlap = "On CPU nothing runs beside the computation." if facts.is_cpu else "Gradients travel during backward."
+    is_alone = stage == 2 and facts.batch.world_size == 1
+    scatter = "Each process gets the sum of its own share: half of an all-reduce's traffic."
+    if is_alone:
+        scatter = "One process has the whole sum; its share would be one more copy."
     settings = [
         Setting("stage", stage, f"Each of {facts.batch.world_size} processes keeps its share of {shares}."),
         Setting("contiguous_gradients", True, "Gradients are copied into one buffer: memory is not fragmented."),
         Setting("overlap_comm", not facts.is_cpu, overlap),
-        Setting("reduce_scatter", True, "Each process gets the sum of its own share: half of an all-reduce's traffic."),
+        Setting("reduce_scatter", not is_alone, scatter),
         Setting(
             "reduce_bucket_size",
             reduce,

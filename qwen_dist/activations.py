@@ -82,7 +82,7 @@ def _offloaded(shape: ModelShape, layout: Layout, trained: int) -> Activations:
     pairs = {first, *({0} if recomputed < shape.num_layers - 1 else ()), *({2} if recomputed > 1 else ())}
     found = {pair: _on_device(two, replace(layout, recomputed_layers=pair), trained) for pair in sorted(pairs)}
     kept_recomputed = element * shape.hidden_size * layout.tokens_per_gpu
-    kept_recomputed += product_bytes(shape, layout)[0] if layout.is_selective else 0
+    kept_recomputed += product_bytes(shape, layout) if layout.is_selective else 0
     layers = shape.num_layers - LAYERS_ON_DEVICE
     elsewhere = min(recomputed, layers) * kept_recomputed + max(0, layers - recomputed) * layer_bytes(shape, layout)
     backward = max(activations.backward for activations in found.values())
@@ -94,12 +94,11 @@ def _on_device(shape: ModelShape, layout: Layout, trained: int) -> Activations:
     recomputed = min(layout.recomputed_layers, shape.num_layers)
     layer, last = (layer_bytes(shape, layout, rows) for rows in (None, trained))
     norm_bytes, dora = _norm_bytes_token(shape, layout), _dora_bytes(shape, layout)
-    # What a recomputed layer keeps; and what of a layer is not made again, since that is among it.
+    # What a recomputed layer keeps; and what of it is gone, or the layer's own, as soon as it has run again.
     checkpoint = last_checkpoint = element * hidden * tokens
-    again = last_again = 0
+    products = last_products = 0
     if layout.is_selective:
-        products, again = product_bytes(shape, layout)
-        last_products, last_again = product_bytes(shape, layout, trained)
+        products, last_products = (product_bytes(shape, layout, rows) for rows in (None, trained))
         checkpoint, last_checkpoint = checkpoint + products, last_checkpoint + last_products
     rope = tokens * 2 * element * shape.head_dim
     around = trained * norm_bytes + rope + INDEX * tokens  # the final norm, rotary angles, token ids
@@ -119,14 +118,14 @@ def _on_device(shape: ModelShape, layout: Layout, trained: int) -> Activations:
     if recomputed < shape.num_layers - 1:
         backward = max(backward, kept - last - trained * norm_bytes + working)
     if layout.attention == "eager":  # the gradient of the scores, rounded and in fp32
-        kept_last = kept if is_last_kept else kept + last - last_again
+        kept_last = kept if is_last_kept else kept + last - last_products
         backward = max(backward, kept_last + (FP32 + element) * shape.num_heads * tokens * tokens)
     if not is_last_kept:
         before = (recomputed - 1) * checkpoint + last_checkpoint
-        backward = max(backward, before + last - last_again + rope + max(last_working, dora))
+        backward = max(backward, before + last - last_products + rope + max(last_working, dora))
     if recomputed:
         first = recomputed if is_last_kept else recomputed - 1
-        backward = max(backward, first * checkpoint + layer - again + rope + max(working, dora))
+        backward = max(backward, first * checkpoint + layer - products + rope + max(working, dora))
     loss, loss_kept = _loss_bytes(shape, layout, trained)
     return Activations(kept, final_norm, backward, max(loss, dora), loss_kept)
 
@@ -181,14 +180,11 @@ def _adapters_bytes_token(shape: ModelShape, layout: Layout, names: tuple[str, .
     return element_bytes(layout) * (layout.rank * len(adapted) + (2 * sum(adapted) if layout.dora else 0))
 
 
-def product_bytes(shape: ModelShape, layout: Layout, rows: int | None = None) -> tuple[int, int]:
+def product_bytes(shape: ModelShape, layout: Layout, rows: int | None = None) -> int:
     """What selective recomputation keeps of a layer beside its input: the results of matrix products and attention.
 
     Args:
         rows: as for `layer_bytes`.
-
-    Returns:
-        Their bytes, and the bytes of those among them that the layer keeps anyway.
     """
     element, tokens = element_bytes(layout), layout.tokens_per_gpu
     after_tokens = tokens if rows is None else rows
@@ -196,21 +192,15 @@ def product_bytes(shape: ModelShape, layout: Layout, rows: int | None = None) ->
     attention = element * query + (0 if layout.attention == "eager" else FP32 * shape.num_heads)
     inside = 2 * shape.active_intermediate_size  # gate and up
     outside = hidden * (shape.experts_per_token if shape.num_experts else 1) + shape.num_experts
-    # Values that are shared out anew are others than those that came out of their product.
-    kept_before, kept_after = attention + (element * kv if layout.sequence == 1 else 0), element * inside
-    kept_before += element * (query + kv) if shape.has_qk_norm else 0
     before, after = attention + element * (query + 2 * kv), element * (inside + hidden + outside)
-    kept = tokens * kept_before + after_tokens * kept_after
-    every = tokens * before + after_tokens * after
+    size = tokens * before + after_tokens * after
     if layout.method != "full":
         adapted = [name for name in shape.layer_linears if name in layout.targets]
         of_attention = sum(name in ("q_proj", "k_proj", "v_proj") for name in adapted)
-        down = element * layout.rank * (tokens * of_attention + after_tokens * (len(adapted) - of_attention))
-        every, kept = every + down, kept + down
-        if layout.dora:  # it keeps each product's result, and multiplies A with the unit matrix
-            kept = every
-            every += element * layout.rank * sum(inputs for inputs, _ in shape.linears(layout.targets))
-    return every, kept
+        size += element * layout.rank * (tokens * of_attention + after_tokens * (len(adapted) - of_attention))
+        if layout.dora:  # it multiplies A with the unit matrix
+            size += element * layout.rank * sum(inputs for inputs, _ in shape.linears(layout.targets))
+    return size
 
 
 def _dora_bytes(shape: ModelShape, layout: Layout) -> int:

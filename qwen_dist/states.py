@@ -131,9 +131,10 @@ def _zero2(shape: ModelShape, layout: Layout, tensors: Tensors, sizes: Buckets) 
     is_alone = largest > sizes.reduce  # reduced by itself, outside of the bucket
     owned = min(largest, shard)
     # Two buckets with overlapped communication (`setup_buckets`), a third for the slices that are reduced
-    # (`allreduce_bucket`); the sum is added to the shard by way of fp32 (`_add_to_grad_partition_buffer`).
+    # (`allreduce_bucket`), which one process has none of; the sum is added to the shard by way of fp32
+    # (`_add_to_grad_partition_buffer`).
     bucket = min(sizes.reduce, total(tensors.trained))
-    step_buckets = (3 * element * sizes.reduce) + FP32 * (bucket if not is_alone else 0)
+    step_buckets = (3 if ranks > 1 else 2) * element * sizes.reduce + FP32 * (bucket if not is_alone else 0)
     # On the way to the host every gradient passes a buffer of the largest (`temp_grad_buffer_for_gpu_offload`).
     passing = element * largest if is_offloaded else 0
     optimizer = FP32 * shard + moments

@@ -130,6 +130,7 @@ def _cross_entropy_(logits_CV: torch.Tensor, targets_C: torch.Tensor, has_grad: 
     fp32_SV = logits_CV.new_empty(rows, vocab_size, dtype=torch.float32)
     probs_SV = fp32_SV if is_cpu else torch.empty_like(fp32_SV)  # torch's CPU softmax (2.13) may write over its input
     nll_C = logits_CV.new_empty(num_rows, dtype=torch.float32)
+    range_S = torch.arange(rows, device=logits_CV.device)
     for start in range(0, num_rows, rows):
         rows_SV = logits_CV[start : start + rows]
         index_S1 = targets_C[start : start + rows].clamp(min=0).unsqueeze(1)
@@ -142,5 +143,6 @@ def _cross_entropy_(logits_CV: torch.Tensor, targets_C: torch.Tensor, has_grad: 
         if has_grad:
             rows_SV.copy_(softmax_SV)
             # p - 1 from log p: of a p near 1, rounded to bf16, nothing would be left.
-            rows_SV.scatter_(1, index_S1, torch.expm1(-nll_S1).to(rows_SV.dtype))
+            # Not by scatter_, which copies all of the rows first on a CPU (torch 2.13).
+            rows_SV[range_S[: len(rows_SV)], index_S1[:, 0]] = torch.expm1(-nll_S1)[:, 0].to(rows_SV.dtype)
     return nll_C

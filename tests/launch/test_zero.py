@@ -77,6 +77,14 @@ def test_nothing_is_left_to_auto_and_everything_has_its_reason(name: str) -> Non
         assert setting.reason.endswith(".") and len(setting.reason) < 110, setting
 
 
+@pytest.mark.parametrize(("stage", "world_size", "is_scattered"), [(2, 1, False), (2, 2, True), (3, 1, True)])
+def test_one_process_copies_no_share_of_its_own_sum(stage: int, world_size: int, is_scattered: bool) -> None:
+    run = make_run(zero={"stage": stage})
+    assert deepspeed_config(run, world_size)[ZERO]["reduce_scatter"] is is_scattered
+    (reason,) = (s.reason for s in explained_config(run, world_size) if s.key == "zero_optimization.reduce_scatter")
+    assert ("One process" in reason) is not is_scattered and len(reason) < 110
+
+
 def test_batch_arithmetic() -> None:
     config = deepspeed_config(make_run(packs=48), 6)
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (48, 8)

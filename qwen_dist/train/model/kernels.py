@@ -51,7 +51,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_I: torch.Tensor, up_I: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate_I, up_I)
-        return silu(gate_I) * up_I
+        return silu(gate_I).mul_(up_I)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,6 +25,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from qwen_dist.backends import FLASH
 from qwen_dist.errors import UserError
 from qwen_dist.train.model.shared import shared
+from qwen_dist.train.model.short_samples import is_short, short_attention
 
 # Of sliding windows: query rows that have a mask at one time.
 WINDOW_ROWS = 512
@@ -96,6 +97,8 @@ def _one_sample(
     """Causal attention of a sample's L tokens; with a window, each sees itself and those before it, `window` in all."""
     length = query.shape[2]
     if window is None or window >= length:
+        if is_short(query) and not options["dropout_p"]:
+            return short_attention(query, key, value, options["scale"])
         return scaled_dot_product_attention(query, key, value, is_causal=True, **options)
     outputs = []
     for start in range(0, length, WINDOW_ROWS):
